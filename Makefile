@@ -1,0 +1,40 @@
+# Each target sets up what it needs itself: a machine with Python 3.11, make and git is enough.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export NO_MKDOCS_2_WARNING := 1
+
+.PHONY: help venv reproduce test lint notebooks docs outputs clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: .venv/ready  ## .venv with everything in it
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[suite,dev,oracles]'
+	touch $@
+
+reproduce: venv  ## train, evaluate and draw the demo suite into figures/demo/
+	$(BIN)/advssl reproduce --scale demo
+
+test: venv lint notebooks  ## all that CI runs: exports, notebooks, lint, docs, tests
+	$(BIN)/python docs/build.py
+	$(BIN)/pytest
+
+lint: venv  ## ruff and the import contract
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+notebooks: venv  ## every notebook runs from top to bottom
+	$(BIN)/python tools/run_notebooks.py
+
+docs: venv  ## the site, in _site/
+	$(BIN)/python docs/build.py
+
+outputs: venv  ## run every notebook and store its outputs
+	$(BIN)/python tools/run_notebooks.py --store
+
+clean:  ## remove what was built, but no runs and no figures
+	rm -rf _md _site _proc build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,224 @@
+"One function for each parity file: a case's inputs to its outputs, by calls of the library and without maths."
+import torch
+import torch.nn.functional as F
+from parity_models import TanhEncoder
+
+from advssl.attack import fgsm, pgd_path
+from advssl.bank import LearnableBank
+from advssl.contrast import (
+    contrast,
+    hard_log_sum,
+    info_nce,
+    log_sum,
+    logits,
+    mix_pairs,
+    mix_query,
+    nt_xent,
+    select,
+    supcon,
+    unit,
+    view_pairs,
+)
+from advssl.masked import grid_coordinates, sincos_position_embedding
+from advssl.threat import Linf
+
+# bank
+
+
+def _bank(inputs, **settings):
+    "A bank that holds the case's slots and velocity; the files store them as columns."
+    W, v = inputs["W0"].T, inputs["v0"].T
+    bank = LearnableBank(W.shape[1], len(W), **settings).to(W)
+    bank.load_state_dict({"W": W, "velocity": v, "hits": bank.hits})
+    return bank
+
+
+def adco_bank(inputs):
+    hyper, mode, out = inputs["hyper"], inputs["mode"], []
+    names = {"momentum": "momentum", "weight_decay": "mem_wd", "lr": "memory_lr", "temperature": "mem_t"}
+    bank = _bank(inputs, **{ours: hyper[theirs] for ours, theirs in names.items()})
+    for step in inputs["steps"]:
+        queries = ["q_pred", "k_pred"] if mode == "sym" else [name for name in step if name != "k"]
+        leaf = {name: torch.stack(list(step[name])).requires_grad_() for name in queries}  # a copy; crops may be a list
+        crops = [crop for q in leaf.values() for crop in (q if q.ndim == 3 else [q])]
+        keys = [step["k"], step["q"]] if mode == "sym" else [step["k"]] * len(crops)
+        weights = [0.5, 0.5] if mode == "sym" else [1.0] * len(crops)
+        sims = [q @ bank.directions.T for q in crops]
+        loss = 0.0
+        for q, k, s, weight in zip(crops, keys, sims, weights, strict=True):
+            loss = loss + weight * info_nce(q, k, s, temperature=hyper["moco_t"], in_batch=True)
+        grads = torch.autograd.grad(loss, list(leaf.values()), retain_graph=True)
+        outside = torch.stack([bank.metrics(q, k)["outside"] for q, k in zip(crops, keys, strict=True)])
+        pulls = [bank.pull(q, k, logits=s) for q, k, s in zip(crops, keys, sims, strict=True)]
+        bank.move(*pulls, weights=weights)
+        out.append({"loss": loss.detach(), "bank_prob": outside.mean() if mode == "sym" else outside[0]})
+        out[-1] |= {"W": bank.W.T.clone(), "v": bank.velocity.T.clone()}
+        out[-1] |= {"grad_q": grads[0]} | {f"grad_{name}": grad for name, grad in zip(leaf, grads, strict=True)}
+    return {"steps": out}
+
+
+def caco_bank(inputs):
+    hyper, out = inputs["hyper"], []
+    names = {"momentum": "mem_momentum", "lr": "memory_lr", "temperature": "bank_t"}
+    bank = _bank(inputs, **{ours: hyper[theirs] for ours, theirs in names.items()})
+    for step in inputs["steps"]:
+        views = [step[name].clone().requires_grad_() for name in ("q_pred", "k_pred")]
+        labels = [bank.nearest(step["k"]), bank.nearest(step["q"])]  # each view's query, the other view's key
+        sims = [q @ bank.directions.T for q in views]
+        loss = 0.0
+        for s, y in zip(sims, labels, strict=True):
+            positive, rest = select(s, y)
+            loss = loss + contrast(positive, log_sum(rest, temperature=hyper["moco_t"]), hyper["moco_t"]).mean()
+        grads = torch.autograd.grad(loss, views, retain_graph=True)
+        positive_prob = bank.metrics(views[0], positives=labels[0])["positive"]
+        bank.move(*(bank.pull(q, positives=y, logits=s) for q, y, s in zip(views, labels, sims, strict=True)))
+        out.append({"loss": loss.detach(), "positive_prob": positive_prob})
+        out[-1] |= {"labels_1": labels[0], "labels_2": labels[1]}
+        out[-1] |= {"W": bank.W.T.clone(), "v": bank.velocity.T.clone()}
+        out[-1] |= {"grad_q_pred": grads[0], "grad_k_pred": grads[1]}
+    return {"steps": out}
+
+
+# attack
+
+
+def _iterates(objective, inputs, x, delta0, **settings):
+    "The images after each step of an L-infinity attack with the case's settings."
+    steps = {"steps": inputs["steps"], "step_size": inputs["alpha"], "start": delta0}
+    path = pgd_path(objective, x, Linf(inputs["epsilon"]), **steps, **settings)
+    return torch.stack([point for point, _ in path][1:])
+
+
+def attack_ce_pgd(inputs):
+    net, labels = TanhEncoder(inputs["encoder"]), inputs["labels"].long()
+    case = lambda t: F.cross_entropy(net(t), labels), inputs, inputs["x"], inputs["delta0"]
+    acl = _iterates(*case, model=net, clip_start=False)
+    return {"x_adv_acl": acl, "x_adv_rocl": _iterates(*case, model=net, last="project")}
+
+
+def attack_rotation(inputs):
+    net, labels = TanhEncoder(inputs["encoder"]), inputs["labels"].long()
+    case = lambda t: F.cross_entropy(net(t), labels), inputs, inputs["x_rotated"], inputs["delta0"]
+    return {"x_adv_after_each_step": _iterates(*case, model=net, clip_start=False)}
+
+
+def attack_rocl(inputs):
+    net, x1, x2 = TanhEncoder(inputs["encoder"]), inputs["x1"], inputs["x2"]
+    rocl = {"temperature": inputs["temperature"], "stop_columns": True, "guard": 1e-8}
+    loss = lambda a, b: nt_xent(torch.stack([net(a), net(b)]), **rocl)
+    path = _iterates(lambda t: loss(t, x2), inputs, x1, inputs["delta0"], model=net, last="project")
+    reg = loss(path[-1], x2 if inputs["regularizer"] == "other" else x1) / inputs["weight"]
+    reg.backward()
+    return {"x_adv_after_each_step": path, "reg_loss": reg, "reg_grads": net.grads()}
+
+
+def attack_acl(inputs):
+    "Rows 2i and 2i + 1 are views; with single_image the odd ones stay as they are."
+    net, attacked = TanhEncoder(inputs["encoder"]), slice(None, None, 2 if inputs["single_image"] else 1)
+
+    def views(t):
+        x = inputs["x"].clone()
+        x[attacked] = t
+        return x
+
+    def objective(t):
+        z = net(views(t))
+        return nt_xent(torch.stack([z[::2], z[1::2]]), inputs["temperature"])
+
+    x, delta0 = inputs["x"][attacked], inputs["delta0"][attacked]
+    path = _iterates(objective, inputs, x, delta0, model=net, clip_start=False)
+    return {"x_adv_after_each_step": torch.stack([views(t) for t in path])}
+
+
+def attack_clae(inputs):
+    net, x = TanhEncoder(inputs["encoder"]), inputs["x"]
+    z = net(x).detach()
+    loss = lambda t: nt_xent(torch.stack([z, net(t)]), inputs["temperature"])
+    x_adv = fgsm(loss, x, Linf(inputs["epsilon"]), model=net, pixels=None)
+    return {"x_adv": x_adv, "loss_before": loss(x), "loss_after": loss(x_adv)}
+
+
+# contrast
+
+
+def _graded(loss, others=(), **leaves):
+    "A loss, other outputs, and the gradients of the loss as grad_<name>."
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return {"loss": loss, **dict(others)} | {f"grad_{name}": g for name, g in zip(leaves, grads, strict=True)}
+
+
+def _blocked(z, views): return torch.stack(z.chunk(views))  # rows of view 1, then of view 2, ...
+
+
+def ntxent_acl(inputs):
+    z = inputs["z"].requires_grad_()
+    return _graded(nt_xent(torch.stack([z[::2], z[1::2]]), inputs["temperature"]), z=z)
+
+
+def ntxent_clae(inputs):
+    z_i, z_j = (inputs[name].requires_grad_() for name in ("z_i", "z_j"))
+    return _graded(nt_xent(torch.stack([z_i, z_j]), inputs["temperature"]), z_i=z_i, z_j=z_j)
+
+
+def _rocl(inputs, views, positives):
+    z, tau, guard = inputs["z"].requires_grad_(), inputs["temperature"], 1e-8
+    loss = nt_xent(_blocked(z, views), tau, stop_columns=True, guard=guard, positives=positives)
+    _, (sim, _) = view_pairs(unit(_blocked(z, views), guard))
+    return _graded(loss, {"similarity": logits(sim, temperature=tau).flatten(0, 1)}, z=z)
+
+
+def ntxent_rocl_2view(inputs): return _rocl(inputs, 2, "mean")
+
+
+def ntxent_rocl_3view(inputs): return _rocl(inputs, 3, "sum")
+
+
+def supcon_advcl(inputs):
+    f, tau = inputs["features"].requires_grad_(), {name: inputs[name] for name in ("temperature", "base_temperature")}
+    return _graded(supcon(f.transpose(0, 1), **tau, normalise=False), features=f)
+
+
+def ifm(inputs):
+    q_raw, tau, eps = inputs["q_raw"].requires_grad_(), inputs["temperature"], inputs["epsilon"]
+    q, k = unit(q_raw), unit(inputs["k_raw"])
+    (pos, _), neg = select(q @ k.T, torch.arange(len(q))), q @ inputs["queue"]
+    alpha = None if inputs["ifm_only"] else inputs["alpha"]
+    others = {
+        "logits": logits(pos, neg, temperature=tau),
+        "logits_adv": logits(pos, neg, temperature=tau, margin=(eps, eps)),
+        "loss_clean": info_nce(q, k, neg, temperature=tau),
+        "loss_adv": info_nce(q, k, neg, temperature=tau, margin=(eps, eps)),
+    }
+    return _graded(info_nce(q, k, neg, temperature=tau, margin=(eps, eps), alpha=alpha), others, q_raw=q_raw)
+
+
+def hcl(inputs):
+    out = {name: inputs[name].requires_grad_() for name in ("out_1", "out_2")}
+    pos, neg = view_pairs(torch.stack(list(out.values())))
+    tau, clamped = inputs["temperature"], torch.zeros(())
+    if inputs["estimator"] == "easy": log_neg = log_sum(neg, temperature=tau)
+    else: log_neg, clamped = hard_log_sum(pos, neg, temperature=tau, beta=inputs["beta"], tau_plus=inputs["tau_plus"])
+    return _graded(contrast(pos, log_neg, tau).mean(), {"clamped_rows": clamped.sum()}, **out)
+
+
+def mochi(inputs):
+    q, k, queue, tau = inputs["q"].requires_grad_(), inputs["k"], inputs["queue"], inputs["temperature"]
+    hard = inputs["hard_indices"].long()
+    i, j, j2 = (hard.gather(1, inputs[name].long()) for name in ("idx_i", "idx_j", "idx_s2"))
+    sim = q @ queue.T
+    blocks = sim, mix_pairs(sim, queue, i, j, inputs["alpha"]), mix_query(q, sim, j2, inputs["beta"])
+    pos, _ = select(q @ k.T, torch.arange(len(q)))
+    others = {"logits": logits(pos, *blocks, temperature=tau)}
+    return _graded(info_nce(q, k, *blocks, temperature=tau), others, q=q)
+
+
+# masked
+
+
+def adpe_pos_embed(inputs):
+    grid = grid_coordinates(inputs["grid"], inputs["grid"]).double()
+    delta = inputs["delta"].requires_grad_()
+    shifted = sincos_position_embedding(grid + delta, inputs["dim"])
+    (grad,) = torch.autograd.grad(shifted, delta, inputs["cotangent"])
+    clean = sincos_position_embedding(grid, inputs["dim"])
+    return {"pos_embed_shifted": shifted, "pos_embed_clean": clean, "grad_delta": grad}

@@ -1,0 +1,42 @@
+"""Two processes on halves of a batch take the step of one process on the whole batch, up to BatchNorm, which stands in evaluation mode here."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from advssl.method import Views, get_method, play
+from advssl.pretrain import average_gradients, build
+from advssl.suite import resolve
+
+METHODS = {"simclr": {}, "adco": {"bank_size": 24, "embedding_dim": 16, "hidden_dim": 32}}
+
+
+def step(name: str, rank: int, world: int) -> dict[str, torch.Tensor]:
+    """One step on this process's share of a fixed batch; the state afterwards."""
+    torch.set_num_threads(1)
+    method = build(resolve(name, "smoke", 0, METHODS[name]), 1, 28).eval()
+    generator = torch.Generator().manual_seed(5)
+    whole = {view: torch.rand(8, 1, 28, 28, generator=generator) for view in method.views}
+    mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    optimizers = {"network": torch.optim.SGD(method.network.parameters(), 0.5)}
+    for _ in range(2):
+        play(method, Views(**{k: v[mine] for k, v in whole.items()}), optimizers, reduce=average_gradients)
+    return method.state_dict()
+
+
+def worker(rank: int, file: str, name: str, out: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    state = step(name, rank, 2)
+    torch.save({k: v for k, v in state.items() if k != "bank.hits"}, f"{out}.{rank}")  # hits are each process's own
+    dist.destroy_process_group()
+
+
+def test_two_processes_take_the_step_of_one(tmp_path):
+    for name in METHODS:
+        out = str(tmp_path / name)
+        mp.spawn(worker, (str(tmp_path / f"rendezvous-{name}"), name, out), nprocs=2)
+        alone = step(name, 0, 1)
+        first, second = (torch.load(f"{out}.{rank}", weights_only=True) for rank in (0, 1))
+        for key, value in first.items():
+            assert torch.equal(value, second[key]), (name, key)
+            torch.testing.assert_close(value, alone[key], rtol=1e-4, atol=1e-6, msg=f"{name} {key}")

@@ -1,0 +1,100 @@
+"""The suite end to end at smoke scale: from nothing to tables and figures, through papermill and Snakemake, and back after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from advssl import store, suite
+from advssl.method import methods
+
+pytest.importorskip("papermill")
+pytest.importorskip("snakemake")
+
+
+def call(root: Path, *words: str, **options) -> subprocess.CompletedProcess:
+    """`advssl reproduce` in a process of its own."""
+    command = [sys.executable, "-m", "advssl.cli", "reproduce", *words, "--scale", "smoke", "--runs", str(root / "runs"), "--figures", str(root / "figures")]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The whole suite, killed once in the middle, then made to the end."""
+    root = tmp_path_factory.mktemp("suite")
+    command = [sys.executable, "-m", "advssl.cli", "reproduce", "--scale", "smoke", "--runs", str(root / "runs"), "--figures", str(root / "figures")]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    for _ in range(600):
+        if list((root / "runs").glob("smoke/*/*/result.json")) or first.poll() is not None: break
+        time.sleep(0.2)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    finished = {p: p.stat().st_mtime_ns for p in (root / "runs").glob("smoke/*/*/result.json")}
+    done = call(root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root, finished
+
+
+def test_every_target_is_made_from_real_runs(made):
+    root, _ = made
+    for target in suite.TARGETS:
+        sidecar = json.loads((root / f"figures/smoke/{target}.provenance.json").read_text())
+        assert sidecar["files"] and sidecar["provenance"]["packages"]["torch"]
+        for name, digest in sidecar["files"].items(): assert store.sha256(root / "figures/smoke" / name) == digest
+    assert {"tradeoff.png", "tradeoff.svg"} <= {p.name for p in (root / "figures/smoke").iterdir()}
+    rows = store.rows(root / "runs", "smoke")
+    assert {r["method"] for r in rows} == set(methods()) and not any(r["stale"] for r in rows)
+    for row in rows:
+        assert (Path(row["folder"]) / "run.ipynb").exists()
+        for name, digest in row["checkpoint"].items(): assert store.sha256(Path(row["folder"]) / name) == digest
+    table = (root / "figures/smoke/robustness.md").read_text()
+    for cls in methods().values(): assert cls.card.name in table
+
+
+def test_a_kill_repeats_nothing_that_was_done(made):
+    root, finished = made
+    assert finished, "nothing had been finished when the first call was killed"
+    for path, stamp in finished.items(): assert path.stat().st_mtime_ns == stamp, f"{path} was made twice"
+
+
+def test_a_second_call_does_nothing(made):
+    root, _ = made
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.name.endswith((".json", ".md", ".png")) and p.name != "plan.json"}
+    done = call(root)
+    assert done.returncode == 0
+    after = {p: p.stat().st_mtime_ns for p in before}
+    changed = [p for p in before if before[p] != after[p] and ".snakemake" not in p.parts]
+    assert not changed
+
+
+def test_changed_code_makes_a_row_stale_and_runs_it_again(made):
+    root, _ = made
+    (path,) = (root / "runs/smoke/simclr").glob("*/result.json")
+    pointer = path.parent / "checkpoint.json"
+    old = json.loads(pointer.read_text())
+    pointer.write_text(json.dumps(old | {"code": "0" * 12}))
+    path.write_text(path.read_text().replace(json.loads(path.read_text())["code"], "0" * 12))
+    row = next(r for r in store.rows(root / "runs", "smoke") if r["method"] == "simclr")
+    assert row["stale"]
+    plan = suite.plan([], "smoke", root / "runs", root / "figures")
+    suite.run_job(plan, f"simclr/{path.parent.name}")
+    assert json.loads(path.read_text())["code"] == store.result_code("simclr")
+    graves = list(path.parent.parent.glob(".stale-*"))
+    assert graves and (graves[0] / "checkpoint.json").exists()  # set aside, not lost
+
+
+def test_wrong_words_write_nothing(tmp_path):
+    for words in (("table3",), ("--scale", "huge")):
+        done = subprocess.run([sys.executable, "-m", "advssl.cli", "reproduce", *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and "choose" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_an_unknown_parameter_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no parameter 'scael': choose among scale"):
+        suite.execute(suite.NOTEBOOKS / "taxonomy.ipynb", tmp_path / "out.ipynb", {"scael": "demo"})
+    assert not list(tmp_path.iterdir())
