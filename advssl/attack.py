@@ -7,6 +7,7 @@ __all__ = ['frozen', 'out_of_range', 'pgd_path', 'pgd', 'fgsm', 'Perturbation']
 
 # %% ../nbs/1_foundations/20_attack.ipynb #ef374dc1
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -186,8 +187,7 @@ def pgd(
             objective, x, threat, steps, step_size, start, sign, pixels, clip_start, last, generator, keep == "best"
         )
         if keep == "best": return _best(walk, x, threat, sign, pixels)
-        for x_adv, _ in walk: pass
-        return x_adv
+        return deque(walk, maxlen=1).pop()[0]
 
 # %% ../nbs/1_foundations/20_attack.ipynb #1cd1404e
 def fgsm(

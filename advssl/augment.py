@@ -66,8 +66,7 @@ def random_box(
     first = fits.int().argmax(1)  # the first of the largest
     box = tall.gather(1, first[:, None, None].expand(-1, 1, 2))[:, 0]
     box = torch.where(fits.any(1, keepdim=True), box, float(side))
-    free = side - box
-    corner = torch.minimum((u[:, -2:] * (free + 1)).floor(), free)  # the minimum guards against rounding up
+    corner = (u[:, -2:] * (side - box + 1)).floor()
     return torch.cat([corner, box], 1)
 
 # %% ../nbs/1_foundations/70_augment.ipynb #57db53ff

@@ -215,6 +215,7 @@ class Untrained(Method):
 
     card = Card("Untrained", "no paper: the baseline of every table", "nbs/1_foundations/90_method.ipynb")
     views = {"clean": "none"}
+    recipes = {"*": {"epochs": 1}}
 
     def turns(self, views: Views):
         with torch.no_grad(): self.encoder(views.clean)

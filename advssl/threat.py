@@ -135,9 +135,11 @@ class L1(Ball):
         a = rows.abs()
         j = torch.arange(1, a.shape[1] + 1, device=a.device, dtype=a.dtype)
         bounds = (a.sort(1, descending=True).values.cumsum(1) - self.eps) / j
-        w = (a - bounds.amax(1, keepdim=True).clamp(min=0)).clamp(min=0)  # Eq. (11), then Eq. (10)
+        theta = bounds.amax(1, keepdim=True).clamp(min=0)  # Eq. (11)
+        w = (a - theta).clamp(min=0)  # Eq. (10), but for the signs
         total = w.sum(1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
-        return _like(rows.sign() * w * (self.eps / total).clamp(max=1), delta)  # undoes the rounding of the threshold
+        w = torch.where(theta > 0, w * (self.eps / total), w)  # undoes the rounding of theta
+        return _like(rows.sign() * w, delta)
 
     def step(
         self,

@@ -37,7 +37,7 @@ def write(path: Path, content: bytes | str) -> None:
 
 def convert(project: Project, out: Path) -> None:
     "All pages as Markdown under `out`."
-    results(project)
+    extras(project)
     targets: dict[str, str] = {}
     shutil.rmtree(out, ignore_errors=True)
     for source in project.sources.values():
@@ -63,6 +63,14 @@ def navigation(project: Project) -> list:
         if title not in sections: nav.append({title: sections.setdefault(title, [])})
         sections[title].append(source.target)
     return nav
+
+
+def extras(project: Project) -> None:
+    "Pages that are not notebooks."
+    results(project)
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
+        file = project.root / name
+        if file.exists(): project.add(name, name.lower(), file.read_text(encoding="utf-8"))
 
 
 def results(project: Project) -> None:

@@ -23,7 +23,7 @@ class Page:
         self.assets: dict[str, bytes] = {}  # path in the site -> content
         self.figures: dict[str, int] = {}  # id -> number
         self.level = 1  # of the heading above
-        self.cell = source.cells[0] if source.cells else Cell(0, "markdown", "")
+        self.cell = Cell(0, "markdown", "")  # the one being written, for messages
         notebook = source.path.endswith(".ipynb")
         found = [t for c in source.cells if c.kind == "markdown" for t in prose.tags(c.source)]
         self.tags = set(found) if notebook else None
@@ -33,17 +33,19 @@ class Page:
 
     def problem(self, text: str, whole: bool = False) -> None:
         where = "" if whole else f', cell {self.cell.number} ("{self.cell.source.strip()[:40].splitlines()[0]}...")'
-        self.project.problems.append(f"{self.source.path}{where}: {text}")
+        message = f"{self.source.path}{where}: {text}"
+        if message not in self.project.problems: self.project.problems.append(message)
 
     def markdown(self) -> str:
         parts, write = [], self.head  # the first text is the page's head
-        for self.cell in self.source.cells:
-            if self.cell.kind == "markdown" and self.cell.source.strip():
-                if self.cell.source.count("$$") % 2: self.problem("an equation is opened with $$ and not closed")
-                parts.append(write(self.cell.source.strip()))
+        for cell in self.source.cells:
+            self.cell = cell
+            if cell.kind == "markdown" and cell.source.strip():
+                if cell.source.count("$$") % 2: self.problem("an equation is opened with $$ and not closed")
+                parts.append(write(cell.source.strip()))
                 write = self.text
-            elif self.cell.kind == "code" and not self.cell.hidden:
-                parts += self.code(self.cell)
+            elif cell.kind == "code" and not cell.hidden:
+                parts += self.code(cell)
         if write == self.head: self.problem("no title: the first cell must open with '# Title' and '> subtitle'", whole=True)
         return re.sub(r"\0(fig-[\w-]+)\0", self.number, "\n\n".join(x for x in parts if x) + "\n")
 

@@ -85,8 +85,6 @@ class Project:
         self.site = self.settings["doc_host"] + self.settings["doc_baseurl"].rstrip("/") + "/"
         self.problems: list[str] = []
         self.sources = {p: self._notebook(p) for p in self._paths()}
-        for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
-            if (root / name).exists(): self.add(name, name.lower(), (root / name).read_text(encoding="utf-8"))
         self.index = self._index()
 
     def add(self, path: str, target: str, text: str) -> None:

@@ -17,7 +17,7 @@ KINDS = {"warning": "warning", "caution": "warning", "danger": "danger", "tip": 
 
 TOKEN = re.compile(
     r"(?P<fence>^[ ]*(?P<ticks>`{3,}|~{3,})[^\n]*\n(?:.*?\n)??[ ]*(?P=ticks)[ ]*$)"
-    r"|(?P<heading>^[ ]*\#{1,6}[ ][^\n]*$)"
+    r"|(?P<heading>^[ ]{0,3}\#{1,6}[ ][^\n]*$)"
     r"|(?P<figure>^!\[(?P<caption>[^\n]*)\]\((?P<path>[^()\s]+)\)[ ]*$)"
     r"|\s*(?P<display>\$\$(?P<tex>.+?)\$\$(?P<stop>[.,;]?))[ \t]*"
     r"|(?P<code>(?P<bt>`+)(?!`)(?P<inner>.+?)(?<!`)(?P=bt)(?!`))"
@@ -49,14 +49,22 @@ def _quote(text: str, page) -> str:
 
 
 def restructure(text: str) -> str:
-    "What CommonMark allows and Python-Markdown does not: a list or table right after a line of text, items nested by 2 or 3."
+    """What CommonMark allows and Python-Markdown does not: a list or table right after a line of text, items nested by
+    2 or 3. Code that is set off by four spaces gets a fence, so that nothing in it is taken for text."""
     out: list[str] = []
     columns: list[int] = []  # where the text of each open list item starts
-    fence = ""
+    fence, code = "", False
     for line in text.splitlines():
         body = line.lstrip(" ")
         indent = len(line) - len(body)
         after_text = bool(out and out[-1].strip())
+        if body and indent >= 4 and not columns and not fence and (code or not after_text):
+            out += [line[4:]] if code else ["```", line[4:]]
+            code = True
+            continue
+        if body and code:
+            _close(out)
+            code = after_text = False
         if fence:
             if body.startswith(fence): fence = ""
         elif not body:
@@ -74,8 +82,15 @@ def restructure(text: str) -> str:
             if body.startswith(("```", "~~~")): fence = body[:3]
             if body.startswith("|") and after_text and not out[-1].lstrip().startswith("|"): out.append("")
         extra = max(0, indent - (columns[-1] if columns else 0))
+        if columns and extra < 4 and not fence: extra = 0
         out.append(" " * (4 * len(columns) + extra) + body)
+    if code: _close(out)
     return "\n".join(out)
+
+
+def _close(out: list[str]) -> None:
+    while not out[-1].strip(): out.pop()
+    out += ["```", ""]
 
 
 def inline(text: str, page, links: bool = True) -> str:
@@ -131,15 +146,14 @@ def _link(m: re.Match, page, links: bool) -> str:
 def _cite(m: re.Match, page, links: bool) -> str:
     if page.tags is None or FOREIGN.search(m.string[max(0, m.start() - 60):m.start()]): return m[0]
     elsewhere = re.match(r"\s(?:of|in|on)\s\[[^\]]*\]\(([^)#\s]+\.ipynb)\)", m.string[m.end():])
-    if not elsewhere: missing(m[0], page)
-    if not links: return m[0]
+    if (not elsewhere and missing(m[0], page)) or not links: return m[0]
     where = page.link(elsewhere[1]) if elsewhere else ""
     if len(re.findall(NUMBER, m[0])) == 1:
         return f"[{m[0]}]({where}#{anchor(re.search(NUMBER, m[0])[1])})"
     return re.sub(NUMBER, lambda n: f"[{n[0]}]({where}#{anchor(n[1])})", m[0])
 
 
-def missing(citation: str, page) -> None:
+def missing(citation: str, page) -> bool:
     "Every number of a citation, and every one inside a range such as (1)-(4), must be the tag of an equation."
     numbers = re.findall(NUMBER, citation)
     for a, b in re.findall(rf"{NUMBER}\s?(?:[-–]|to)\s?{NUMBER}", citation):
@@ -148,6 +162,7 @@ def missing(citation: str, page) -> None:
         if n not in page.tags:
             page.problem(f"cites Eq. ({n}), but no equation of this page has \\tag{{{n}}} "
                          "(another text's equation: \"the paper's Eq. (n)\"; another page's: \"Eq. (n) of [title](x.ipynb)\")")
+    return not page.tags.issuperset(numbers)
 
 
 def check_code(source: str, page) -> None:

@@ -158,6 +158,16 @@ def test_best_is_the_most_extreme_iterate(ball, seed, dtype, steps, sign, step_s
     assert torch.equal(last, walk[-1][0]) and len(walk) == steps + 1
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_best_is_chosen_sample_by_sample(sign):
+    "The first sample steps over its peak and is better off where it was; the second climbs towards a distant one."
+    x, peaks = torch.full((2, 1), 0.5), torch.tensor([[0.52], [0.9]])
+    hill = lambda t: -sign * (t - peaks).square().sum(1)
+    how = dict(steps=1, step_size=0.2, start="zero", keep="best", sign=sign)
+    assert torch.allclose(pgd(hill, x, Linf(0.3), **how), torch.tensor([[0.5], [0.7]]))
+    assert torch.allclose(pgd(lambda t: hill(t).sum(), x, Linf(0.3), **how), torch.tensor([[0.7], [0.7]]))
+
+
 @examples
 @given(st.sampled_from([Linf, L2, L1]), seeds, dtypes)
 def test_the_sign_chooses_the_direction(kind, seed, dtype):

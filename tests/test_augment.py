@@ -141,10 +141,11 @@ def test_boxes_have_torchvisions_distribution(low, side):
 
 
 def test_boxes_at_the_ends_of_the_draw_stay_inside():
-    ends = torch.tensor([0.0, 1 - 2**-24])  # the largest float32 below one
-    for u in ends:
+    last = 1 - 2**-24  # the largest float32 below one; times k it must not round up to k
+    assert (torch.full((4096,), last) * torch.arange(1.0, 4097) < torch.arange(1.0, 4097)).all()
+    for u in (0.0, last):
         for side in (1, 28, 33, 224):
-            box = random_box(torch.full((1, 2 * TRIES + 2), u.item()), (0.08, 1), side)[0]
+            box = random_box(torch.full((1, 2 * TRIES + 2), u), (0.08, 1), side)[0]
             assert (box[:2] >= 0).all() and (box[2:] >= 1).all() and (box[:2] + box[2:] <= side).all(), (u, side, box)
 
 
@@ -204,6 +205,13 @@ def test_types_and_range(dtype):
         out = Augment(name, 32)(x, seeded(0))
         assert out.dtype == torch.float32 and out.shape == (8, 3, 32, 32)
         assert out.min() >= 0 and out.max() <= 1 and torch.equal(x, kept)
+
+
+def test_white_stays_white():
+    "Rows of Eq. (2) and Eq. (8) sum to one up to rounding: nothing may leave the range."
+    recipe = replace(FULL, jitter_p=0, blur=1)
+    out = Augment(recipe, 41)(torch.ones(300, 1, 28, 28), seeded(0))
+    assert out.max() <= 1 and out.min() > 1 - 1e-5
 
 
 def test_bytes_and_their_floats_agree():

@@ -148,6 +148,13 @@ def test_hcl_limits(seed, tau):
     assert all((a <= b + 1e-12).all() for a, b in zip(harder, harder[1:], strict=False))
 
 
+def test_hcl_with_several_positives_takes_their_mean():
+    pos, sim = directions(0, 5, 3), directions(1, 5, 9)
+    mean = (pos / 0.5).exp().mean(1, keepdim=True).log() * 0.5
+    several, _ = C.hard_log_sum(pos, sim, temperature=0.5)
+    torch.testing.assert_close(several, C.hard_log_sum(mean, sim, temperature=0.5)[0])
+
+
 def test_hcl_with_constant_weights():
     "The weights computed first and given as a constant bias are the same loss with the same gradient."
     s = directions(0, 5, 9).requires_grad_()
@@ -189,7 +196,7 @@ def test_mochi_is_made_of_vectors(seed, tau, s, s2):
 
 
 def test_an_opposite_pair_mixed_in_halves_is_the_zero_vector():
-    q, bank = directions(0, 1, 4).requires_grad_(), directions(1, 1, 4)
+    q, bank = directions(0, 1, 4).requires_grad_(), torch.eye(4, dtype=torch.float64)[:1]
     bank, zero, one = torch.cat([bank, -bank]), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long)
     mixed = C.mix_pairs(q @ bank.T, bank, zero, one, torch.full((1, 1), 0.5, dtype=torch.float64))
     assert mixed.item() == 0 and (grads(mixed.sum(), q)[0] == 0).all()

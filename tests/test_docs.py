@@ -45,6 +45,10 @@ def code(text: str, *outputs: dict) -> dict:
     return {"cell_type": "code", "metadata": {}, "source": text, "outputs": list(outputs), "execution_count": None}
 
 
+def printed(text: str, name: str = "stdout") -> dict:
+    return {"output_type": "stream", "name": name, "text": [text]}
+
+
 def result(**data) -> dict:
     "result(image_png=...) is an output of kind image/png."
     data = {k.replace("_", "/", 1).replace("svg", "svg+xml"): v for k, v in data.items()}
@@ -128,23 +132,23 @@ def test_figures_are_numbered_and_sized(one):
     text, problems = one(
         md("$$a\\tag{1}$$\n\nSee @fig-b."),
         code('#| label: fig-a\n#| fig-cap: "The move of Eq. (1)."\nplot()', retina),
-        code("#| label: fig-b\n#| fig-cap: 'Plain'\nplot()", plain, {"output_type": "stream", "name": "stdout", "text": "done"}))
+        code("#| label: fig-b\n#| fig-cap: 'Plain'\nplot()", plain, printed("done")))
     assert '<figure id="fig-a" markdown="1">\n\n![The move of Eq. (1).](balls_files/fig-a.png){ width="400" }' in text
     assert "**Figure 1.** The move of [Eq. (1)](#eq-1).</figcaption>" in text and "**Figure 2.** Plain" in text
     assert 'width="800"' in text and "See [Figure 2](#fig-b)." in text and "fig-cap" not in text and not problems
 
 
 def test_directives_shape_code(one):
-    text, _ = one(code("#| hide\nsecret = 1"), code("#| echo: false\nprint('quiet')", {"output_type": "stream", "name": "stdout", "text": "loud"}),
-                  code("#| code-fold: true\n#| code-summary: \"The run\"\nlong = 1"), code("#| output: false\nx", result(text_plain="gone")),
-                  code("shown = 1\n\n\nkept = 2"))
+    text, _ = one(code("#| hide\nsecret = 1"), code("#| echo: false\nprint('quiet')", printed("loud")),
+                  code("#| code-fold: true\n#| code-summary: \"The run\"\nlong = 1"),
+                  code("#| output: false\nx", result(text_plain="gone")), code("shown = 1\n\n\nkept = 2"))
     assert "secret" not in text and "quiet" not in text and "loud" in text and "gone" not in text and "#|" not in text
     assert '??? abstract "The run"\n\n    ```python\n    long = 1\n    ```' in text and "shown = 1\n\n\nkept = 2" in text
 
 
 def test_every_kind_of_output(one):
     text, problems = one(code(
-        "x", {"output_type": "stream", "name": "stderr", "text": ["\x1b[31mred\x1b[0m\n"]}, result(text_plain="3 ``` 4"),
+        "x", printed("\x1b[31mred\x1b[0m\n", "stderr"), result(text_plain="3 ``` 4"),
         result(text_markdown="| a |\n|---|\n| 1 |", text_plain="no"),
         result(text_html='<style scoped>p {}</style><table border="1" class="dataframe"><tr><td>5</td></tr></table>'),
         {"output_type": "error", "ename": "ValueError", "evalue": "eps must be > 0", "traceback": []}),
@@ -155,8 +159,14 @@ def test_every_kind_of_output(one):
 
 
 def test_prose_is_made_fit_for_python_markdown(one):
-    text, _ = one(md("Words:\n- a\n  - b\n- c\n\n> **Open question.** Which sign?\n\nText\n> a quote\n\n1. first $$x$$\n\n   more\n| a |\n|---|"))
+    text, _ = one(md("Words:\n- a\n  - b\n- c\n\n> **Open question.** Which sign?\n\nText\n> a quote"))
     assert "Words:\n\n- a\n    - b\n- c" in text and '!!! question "Open question"\n\n    Which sign?' in text and "\n> a quote" in text
+    text, problems = one(md("Run:\n\n    # Eq. (9)\n    make `x`\n\n      more\n\nThen.\n\n- item\n\n    of the item"))
+    assert "```\n# Eq. (9)\nmake `x`\n\n  more\n```\n\nThen." in text and "\n\n    of the item" in text and not problems
+
+
+def test_equations_in_lists(one):
+    text, _ = one(md("1. first $$x$$\n\n   more\n| a |\n|---|"))
     assert "1. first\n\n    $$\n    x\n    $$\n\n" in text and "\n    more\n" in text
 
 
@@ -230,7 +240,7 @@ def test_order_is_the_readers(make):
 def test_readme_of_a_small_index(make):
     project = make({"index.ipynb": [
         md("# advssl\n\n> Learn.\n\nRead [balls](1_foundations/10_balls.ipynb), [licence](../LICENSE), [site](https://example.org)."),
-        code("#| hide\nimport x"), code("#| code-fold: true\nprint(1)", {"output_type": "stream", "name": "stdout", "text": ["1\n"]}),
+        code("#| hide\nimport x"), code("#| code-fold: true\nprint(1)", printed("1\n")),
         code('#| fig-cap: "A line."\n#| label: fig-l\nplot()', result(image_png=png(8, 100)))]})
     files = build.readme(project)
     text = files["README.md"].decode()
@@ -250,14 +260,17 @@ def test_readme_is_the_index_notebook():
 
 def test_results_page_needs_nothing_and_shows_what_is_there(make, tmp_path):
     project = make({"index.ipynb": [HEAD]})
-    build.results(project)
+    build.extras(project)
     assert not [s for s in project.sources if "figures" in s]
     folder = tmp_path / "figures/demo"
     folder.mkdir(parents=True)
     (folder / "cost.md").write_text("# Cost\n\n| a |\n|---|\n| 1 |\n")
     (folder / "robustness.svg").write_text('<svg width="72pt"></svg>')
     (folder / "robustness.provenance.json").write_text('{"caption": "Accuracy.", "seeds": [0, 1], "code": "%s"}' % ("ab" * 32))
-    build.results(project)
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\nEq. (9) of [balls](nbs/index.ipynb).")
+    build.extras(project)
+    assert build.navigation(project)[1:] == [{"Results": ["results/demo.md"]}, {"Project": ["changelog.md"]}]
+    assert "[balls](index.md)" in Page(project, project.sources["CHANGELOG.md"]).markdown()
     page = Page(project, project.sources["figures/demo/index.md"])
     text = page.markdown()
     assert "## Cost\n\n### Cost\n\n| a |" in text and "**Figure 1.** Accuracy." in text and "| seeds | 0, 1 |" in text
@@ -328,16 +341,17 @@ def tab(browser, request):
 
 
 LOOK = """() => ({
-  text: document.querySelector('article').innerText,
-  katex: document.querySelectorAll('.katex').length,
   displays: document.querySelectorAll('.katex-display').length,
   unset: [...document.querySelectorAll('.arithmatex')].filter(n => !n.querySelector('.katex')).length,
   errors: [...document.querySelectorAll('.katex-error')].map(n => n.title),
   blank: [...document.images].filter(i => !i.complete || i.naturalWidth === 0).map(i => i.src),
   ids: [...document.querySelectorAll('[id]')].map(n => n.id),
   links: [...document.querySelectorAll('a[href]')].map(a => a.href),
-  prose: [...document.querySelectorAll('article p, article li, article td, article figcaption, article :is(h1, h2, h3, h4)')]
-    .map(n => { const c = n.cloneNode(true); c.querySelectorAll('code, pre, .katex').forEach(x => x.remove()); return c.textContent }).join('\\n'),
+  prose: [...document.querySelectorAll('article :is(p, li, td, figcaption, h1, h2, h3, h4)')].map(n => {
+    const copy = n.cloneNode(true);
+    copy.querySelectorAll('code, pre, .katex').forEach(x => x.remove());
+    return copy.textContent;
+  }).join('\\n'),
 })"""
 
 
@@ -352,7 +366,9 @@ def test_every_page_reads_well(site, served, tab):
         if file.name == "404.html": continue
         tab.goto(f"{served}/{file.relative_to(site).as_posix()}")
         looks[tab.url] = tab.evaluate(LOOK)
-    assert len(looks) == len(Project(ROOT).sources) + (not (ROOT / "nbs/index.ipynb").exists()) + results_pages()
+    project = Project(ROOT)
+    build.extras(project)
+    assert len(looks) == len(project.sources) + (not (ROOT / "nbs/index.ipynb").exists())
     for url, look in looks.items():
         assert not look["errors"] and not look["unset"], f"{url}: equations that KaTeX could not set: {look['errors']}"
         assert not re.search(r"\$\$|\\tag|\\frac|\$[^\s$]+\$", look["prose"]), f"{url}: raw mathematics in the text"
@@ -364,18 +380,11 @@ def test_every_page_reads_well(site, served, tab):
             target = looks.get(page) or looks.get(page.replace("/index.html", "/"))
             assert target or (site / page.removeprefix(served + "/")).is_file(), f"{url}: {link} leads nowhere"
             assert not anchor or anchor in target["ids"], f"{url}: no {anchor} in {page}"
-    for source in Project(ROOT).sources.values():
+    for source in project.sources.values():
         shown = sum(c.source.count("$$") // 2 for c in source.cells if c.kind == "markdown")
         url = f"{served}/{source.target.replace('.md', '.html')}"
         assert looks[url]["displays"] >= shown, f"{source.path}: {shown} equations, {looks[url]['displays']} on the page"
     assert not noise and not foreign, (noise, foreign)
-
-
-def results_pages() -> int:
-    project = Project(ROOT)
-    before = len(project.sources)
-    build.results(project)
-    return len(project.sources) - before
 
 
 @pytest.mark.browser

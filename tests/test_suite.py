@@ -19,7 +19,7 @@ pytest.importorskip("snakemake")
 
 def call(root: Path, *words: str, **options) -> subprocess.CompletedProcess:
     """`advssl reproduce` in a process of its own."""
-    command = [sys.executable, "-m", "advssl.cli", "reproduce", *words, "--scale", "smoke", "--runs", str(root / "runs"), "--figures", str(root / "figures")]
+    command = [sys.executable, "-m", "advssl", "reproduce", *words, "--scale", "smoke", "--runs", str(root / "runs"), "--figures", str(root / "figures")]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
 
 
@@ -27,7 +27,7 @@ def call(root: Path, *words: str, **options) -> subprocess.CompletedProcess:
 def made(tmp_path_factory):
     """The whole suite, killed once in the middle, then made to the end."""
     root = tmp_path_factory.mktemp("suite")
-    command = [sys.executable, "-m", "advssl.cli", "reproduce", "--scale", "smoke", "--runs", str(root / "runs"), "--figures", str(root / "figures")]
+    command = [sys.executable, "-m", "advssl", "reproduce", "--scale", "smoke", "--runs", str(root / "runs"), "--figures", str(root / "figures")]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     for _ in range(600):
         if list((root / "runs").glob("smoke/*/*/result.json")) or first.poll() is not None: break
@@ -90,7 +90,7 @@ def test_changed_code_makes_a_row_stale_and_runs_it_again(made):
 
 def test_wrong_words_write_nothing(tmp_path):
     for words in (("table3",), ("--scale", "huge")):
-        done = subprocess.run([sys.executable, "-m", "advssl.cli", "reproduce", *words], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "advssl", "reproduce", *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2 and "choose" in done.stderr and not list(tmp_path.iterdir())
 
 

@@ -71,6 +71,15 @@ def test_l1_projection_is_that_of_bisection(eps, v):
     assert (L1(eps).project(v) - expected).abs().max() <= tolerance
 
 
+@pytest.mark.parametrize("d", [3 * 32 * 32, 3 * 224 * 224])
+@pytest.mark.parametrize("v", [lambda d: torch.full((1, d), 5.0), lambda d: torch.rand(1, d, generator=seeded()) + 1])
+def test_l1_projection_spends_the_budget_in_single_precision(v, d):
+    "The threshold of a large image is rounded; the sum of what is left must not show it."
+    for eps in (1.0, 12.0):
+        p = L1(eps).project(v(d))
+        assert abs(p.double().abs().sum() - eps) <= 1e-6 * eps
+
+
 @examples
 @given(st.sampled_from([Linf, L2]), rows((torch.float64,)), st.integers(0, 2**31))
 def test_step_is_the_best_direction(kind, g, seed):

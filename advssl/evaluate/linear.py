@@ -64,7 +64,7 @@ def fit_softmax(
     return V.detach() @ inverse, b.detach()
 
 # %% ../../nbs/5_evaluation/30_linear.ipynb #0b1d1ac8
-PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)  # grid of lambda, strongest first
+PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # grid of lambda, strongest first
 
 
 @dataclass(frozen=True)
