@@ -7,6 +7,7 @@ __all__ = ['POINTER', 'write_atomic', 'sha256', 'save', 'load', 'code_closure', 
 
 # %% ../nbs/1_foundations/85_checkpoint.ipynb #93cc1abc
 import ast
+import functools
 import hashlib
 import importlib.util
 import json
@@ -97,6 +98,7 @@ def load(
     return weights, torch.load(paths[1], map_location=device, weights_only=True)
 
 # %% ../nbs/1_foundations/85_checkpoint.ipynb #1ee71837
+@functools.cache
 def _tree(module: str) -> ast.Module:
     "Syntax tree of a module, without docstrings."
     tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text())
@@ -131,6 +133,7 @@ def code_closure(
     return sorted(seen)
 
 
+@functools.cache
 def code_digest(
     *modules: str,  # such as "advssl.pretrain"
 ) -> str:  # 12 hexadecimal digits

@@ -33,9 +33,9 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         sim, bias, total = ctx.saved_tensors
-        total = total.masked_fill(total.isneginf(), 0)  # a query without negatives: p = exp(-inf) = 0
-        p = (_scaled(sim, bias, ctx.scale) - total[..., None]).exp() * grad[..., None]  # Eq. (4)
-        return (p * ctx.scale).to(sim.dtype), p.sum_to_size(bias.shape).to(bias.dtype) if ctx.needs_input_grad[1] else None, None
+        p = _scaled(sim, bias, ctx.scale).sub_(total.masked_fill(total.isneginf(), 0)[..., None]).exp_()  # Eq. (4), 0 if nothing is kept
+        to_bias = (p * grad[..., None]).sum_to_size(bias.shape).to(bias.dtype) if ctx.needs_input_grad[1] else None
+        return (p * (grad * ctx.scale)[..., None]).to(sim.dtype), to_bias, None
 
 def _scale(temperature: float) -> float:
     if not 0 < temperature < math.inf: raise ValueError(f"temperature must be a finite number > 0, got {temperature}; 0.07 to 0.5 are usual")
@@ -48,8 +48,7 @@ def log_sum(
 ) -> Tensor:  # N, shape (...), float32 at least; -inf for a query without negatives
     "All negatives of a query in one number, Eq. (3)."
     scale, parts = power * _scale(temperature), []
-    for block in blocks:
-        sim, bias = block if isinstance(block, tuple) else (block, None)
+    for sim, bias in (block if isinstance(block, tuple) else (block, None) for block in blocks):
         if not sim.is_floating_point(): raise ValueError(f"a block is similarities or a pair (similarities, bias), got {sim.dtype} as similarities")
         parts.append(_LogSumExp.apply(sim if scale else sim.detach(), bias, scale))
     if not parts: raise ValueError("there is no negative; give similarities, for info_nce q @ queue.T or in_batch=True")
@@ -192,8 +191,8 @@ def supcon(
     same, others = labels[:, None] == labels, ~torch.eye(views * n, dtype=torch.bool, device=z.device).view_as(sim)
     classes = same.to(_wide(u).dtype) @ _wide(u).sum(0)
     mean = (_dot(u, classes) - _dot(u, u)) / (views * same.sum(1) - 1)  # Eq. (15)
-    factor = 1.0 if base_temperature is None else temperature / base_temperature
-    return factor * (log_sum((sim, others), temperature=temperature) - mean * _scale(temperature)).mean()
+    loss = (log_sum((sim, others), temperature=temperature) - mean * _scale(temperature)).mean()
+    return loss if base_temperature is None else loss * (temperature / base_temperature)
 
 
 

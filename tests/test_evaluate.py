@@ -466,15 +466,28 @@ def test_names_are_checked_before_anything_runs(data):
 def test_new_protocols_and_attacks_are_one_line(data, monkeypatch):
     def everything(task): return Outcome(torch.ones(120).bool(), {"x": 1}, nn.Sequential(task.encoder, nn.Linear(12, 3)))
 
-    def nothing_survives(classifier, images, labels, threat, *, budget, **_):
+    def nothing_survives(classifier, images, labels, threat, *, budget, seed, index, clean, **_):
+        assert seed == 5 and torch.equal(index, robust_sample(120, 10)) and clean.shape == (10,)
+        assert torch.equal(images, data.test.images[index]) and torch.equal(labels, data.test.labels[index])
         return torch.zeros(len(images)).bool(), {"queries": budget}
 
     monkeypatch.setitem(protocol.PROTOCOLS, "all", everything)
     monkeypatch.setitem(protocol.ATTACKS, "square", nothing_survives)
-    result = evaluate(make_net(), data, threat=Linf(0.1), protocols=["all"], attacks=["square500"], robust_images=10)
+    result = evaluate(make_net(), data, threat=Linf(0.1), protocols=["all"], attacks=["square500"], robust_images=10, seed=5)
     assert result["all.clean"]["correct"] == 120 and result["all.clean"]["x"] == 1
     record = result[result_key("all", "square500", Linf(0.1))]
     assert (record["correct"], record["total"], record["queries"]) == (0, 10, 500)
+
+
+def test_another_device_means_a_copy(data, monkeypatch):
+    seen, net = [], make_net()
+    monkeypatch.setitem(protocol.PROTOCOLS, "spy", lambda task: seen.append(task.encoder) or Outcome(torch.ones(1).bool()))
+    evaluate(net, data, threat=(), protocols=["spy"])
+    evaluate(net, data, threat=(), protocols=["spy"], device="cpu")
+    monkeypatch.setattr(protocol, "device_of", lambda module: torch.device("meta"))  # as if it were elsewhere
+    evaluate(net, data, threat=(), protocols=["spy"], device="cpu")
+    assert seen[0] is seen[1] is net and seen[2] is not net
+    torch.testing.assert_close(seen[2].state_dict(), net.state_dict())
 
 
 def test_robust_sample_is_nested_and_mixed():
