@@ -103,7 +103,7 @@ def reproduce(
 @job.command("run")
 def job_run(plan: Path, name: str) -> None:
     "Make one run of a plan."
-    from advssl.suite import run_job
+    from advssl.notebooks import run_job
 
     run_job(json.loads(plan.read_text()), name)
 
@@ -111,7 +111,7 @@ def job_run(plan: Path, name: str) -> None:
 @job.command("target")
 def job_target(plan: Path, name: str) -> None:
     "Make one target of a plan."
-    from advssl.suite import target_job
+    from advssl.notebooks import target_job
 
     target_job(json.loads(plan.read_text()), name)
 

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm.optim
 import torch
-from lightning_fabric import Fabric
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -247,10 +247,12 @@ class Run:
         self,
         config: Config,
         folder: Path | str,  # where config.json, log.jsonl and the checkpoint go
-        fabric: Fabric | None = None,  # devices and processes; default: one device, a GPU where there is one
+        fabric: Any = None,  # a lightning_fabric.Fabric: devices and processes; default: one device, a GPU where there is one
         root: str | None = None,  # where data sets lie; see `advssl.data.load`
         checkpoint_seconds: float = 60.0,  # time between checkpoints
     ):
+        from lightning_fabric import Fabric  # seconds to import, and only training needs it
+
         if config.threads: torch.set_num_threads(config.threads)
         self.config, self.folder, self.every = config, Path(folder), checkpoint_seconds
         self.fabric = fabric or Fabric(devices=1, precision=config.precision)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'NOTEBOOKS', 'TARGETS', 'SNAKEFILE', 'Scale', 'get_scale', 'resolve', 'run_key', 'run_folder',
-           'evaluate_run', 'Target', 'configs', 'scale_rows', 'plan', 'difference', 'execute', 'run_job', 'set_aside',
-           'target_job', 'only_one', 'reproduce']
+           'evaluate_run', 'Target', 'configs', 'scale_rows', 'plan', 'difference', 'set_aside', 'only_one',
+           'reproduce']
 
 # %% ../nbs/5_evaluation/80_suite.ipynb #b53721ec
 import fcntl
@@ -67,7 +67,7 @@ SCALES = {
     for scale in (
         Scale("smoke", "seconds: does everything run?", images=512, epochs=1, batch_size=128, warmup_epochs=0.5, train_steps=2,
               attack_steps=5, test_images=200, robust_images=50),
-        Scale("demo", "minutes on two cores, embedded data, one seed: screening"),
+        Scale("demo", "minutes on two cores, embedded data, one seed: screening", epochs=6),
         Scale("laptop", "hours on two cores, embedded data, three seeds", epochs=40, train_steps=7, robust_images=2000, seeds=(0, 1, 2)),
         Scale("cifar10", "one GPU, ResNet-18, the published recipes; nobody has run it here yet", data="cifar10", convnet="resnet18", vit="vit_tiny",
               epochs=1000, batch_size=512, optimizer="lars", lr=0.6, weight_decay=1e-6, warmup_epochs=10, precision="bf16-mixed", threads=0,
@@ -218,38 +218,6 @@ def difference(
     return {k: v for k, v in flat(config).items() if v != flat(default)[k]}
 
 # %% ../nbs/5_evaluation/80_suite.ipynb #49dbb774
-def execute(
-    notebook: Path | str,  # to run
-    out: Path | str,  # the executed copy
-    parameters: dict[str, Any],  # by name
-    cwd: Path | str = ".",  # working folder of the kernel
-) -> None:
-    "Execute a notebook with papermill; unknown parameters are errors."
-    import papermill
-    from traitlets.config import Config as KernelConfig
-
-    known = papermill.inspect_notebook(str(notebook))
-    for name in parameters:
-        if name not in known: raise ValueError(f"{Path(notebook).name} has no parameter {name!r}: choose among {', '.join(known)}")
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(
-        str(notebook), str(out), parameters, cwd=str(cwd), progress_bar=False, log_output=True, kernel_name="python3",
-        config=KernelConfig({"KernelManager": {"transport": "ipc"}}),
-    )
-
-# %% ../nbs/5_evaluation/80_suite.ipynb #6a2b732b
-def run_job(
-    todo: dict,  # a plan
-    job: str,  # key of one of its runs
-) -> None:
-    "Make one run of a plan: the notebook `run` with the run's parameters, kept beside its result."
-    wish = todo["jobs"][job]
-    folder = Path(todo["runs"], todo["scale"], job)
-    set_aside(folder, wish["method"])
-    parameters = {"method": wish["method"], "scale": todo["scale"], "seed": wish["seed"], "overrides": json.dumps(wish["overrides"]), "runs": todo["runs"]}
-    execute(Path(todo["notebooks"], "run.ipynb"), folder / "run.ipynb", parameters, folder)
-
-
 def set_aside(
     folder: Path,  # of a run
     method: str,  # key
@@ -262,16 +230,6 @@ def set_aside(
     grave = folder.parent / f".stale-{folder.name}-{made_by}"
     if not grave.exists(): folder.rename(grave)
     else: shutil.rmtree(folder)
-
-
-def target_job(
-    todo: dict,  # a plan
-    name: str,  # of one of its targets
-) -> None:
-    "Make one target of a plan: its notebook, kept beside the runs."
-    out = Path(todo["runs"], todo["scale"], "targets", f"{name}.ipynb")
-    parameters = {"scale": todo["scale"], "runs": todo["runs"], "figures": todo["figures"]}
-    execute(Path(todo["notebooks"], f"{name}.ipynb"), out, parameters, out.parent)
 
 
 SNAKEFILE = Path(advssl.__file__).resolve().parent / "workflow" / "Snakefile"
@@ -303,6 +261,8 @@ def reproduce(
     todo = plan(targets, scale, runs, figures)
     cores = cores or len(os.sched_getaffinity(0))
     with only_one(work):
+        for job, wish in todo["jobs"].items():
+            if not dry_run: set_aside(work / job, wish["method"])
         write_atomic(work / "plan.json", json.dumps(todo, indent=1) + "\n")
         base = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), "--directory", str(work), "--config", f"plan={(work / 'plan.json').resolve()}"]
         quiet = subprocess.run([*base, "--unlock", "--quiet", "all"], capture_output=True, text=True)

@@ -1,10 +1,10 @@
-"""Two processes on halves of a batch take the step of one process on the whole batch, up to BatchNorm, which stands in evaluation mode here."""
+"""Two processes on halves of a batch take the step of one process on the whole batch, up to BatchNorm (here in evaluation mode)."""
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from advssl.method import Views, get_method, play
+from advssl.method import Views, play
 from advssl.pretrain import average_gradients, build
 from advssl.suite import resolve
 

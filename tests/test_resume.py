@@ -78,7 +78,8 @@ def test_kill_9_at_random_moments(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "whole")], check=True, env=environment, capture_output=True)
     for wait in (0.05, 0.35, 0.8):
-        process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "cut")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path / "cut")]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
         assert process.stdout.readline() == b"ready\n"
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)

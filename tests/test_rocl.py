@@ -263,6 +263,16 @@ def test_the_attack_does_not_depend_on_the_batch_statistics():
     assert torch.equal(method.train().attack(x1, x2), method.eval().attack(x1, x2))
 
 
+def test_the_whole_network_holds_still():
+    "While the player looks, encoder and projector are in evaluation mode and no weight asks for a gradient."
+    method, x1, x2 = make(eps=0.1, steps=2)
+    looks = []
+    for part in (method.encoder, method.projector):
+        part.register_forward_hook(lambda m, *_: looks.append(m.training or any(p.requires_grad for p in m.parameters())))
+    method.attack(x1, x2)
+    assert looks == [False] * 6
+
+
 def test_passes_and_one_look_at_the_target():
     for steps in (0, 3):
         method, x1, x2 = make(eps=0.1, steps=steps)

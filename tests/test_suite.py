@@ -10,32 +10,31 @@ from pathlib import Path
 
 import pytest
 
-from advssl import store, suite
+from advssl import notebooks, store, suite
 from advssl.method import methods
 
 pytest.importorskip("papermill")
 pytest.importorskip("snakemake")
 
 
-def call(root: Path, *words: str, **options) -> subprocess.CompletedProcess:
-    """`advssl reproduce` in a process of its own."""
-    command = [sys.executable, "-m", "advssl", "reproduce", *words, "--scale", "smoke", "--runs", str(root / "runs"), "--figures", str(root / "figures")]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+def command(root: Path) -> list[str]:
+    """`advssl reproduce` at smoke scale, in folders of its own."""
+    folders = ["--runs", str(root / "runs"), "--figures", str(root / "figures")]
+    return [sys.executable, "-m", "advssl", "reproduce", "--scale", "smoke", *folders]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The whole suite, killed once in the middle, then made to the end."""
     root = tmp_path_factory.mktemp("suite")
-    command = [sys.executable, "-m", "advssl", "reproduce", "--scale", "smoke", "--runs", str(root / "runs"), "--figures", str(root / "figures")]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    first = subprocess.Popen(command(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     for _ in range(600):
         if list((root / "runs").glob("smoke/*/*/result.json")) or first.poll() is not None: break
         time.sleep(0.2)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     finished = {p: p.stat().st_mtime_ns for p in (root / "runs").glob("smoke/*/*/result.json")}
-    done = call(root)
+    done = subprocess.run(command(root), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return root, finished
 
@@ -65,7 +64,7 @@ def test_a_kill_repeats_nothing_that_was_done(made):
 def test_a_second_call_does_nothing(made):
     root, _ = made
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.name.endswith((".json", ".md", ".png")) and p.name != "plan.json"}
-    done = call(root)
+    done = subprocess.run(command(root), capture_output=True, text=True)
     assert done.returncode == 0
     after = {p: p.stat().st_mtime_ns for p in before}
     changed = [p for p in before if before[p] != after[p] and ".snakemake" not in p.parts]
@@ -82,7 +81,8 @@ def test_changed_code_makes_a_row_stale_and_runs_it_again(made):
     row = next(r for r in store.rows(root / "runs", "smoke") if r["method"] == "simclr")
     assert row["stale"]
     plan = suite.plan([], "smoke", root / "runs", root / "figures")
-    suite.run_job(plan, f"simclr/{path.parent.name}")
+    suite.set_aside(path.parent, "simclr")
+    notebooks.run_job(plan, f"simclr/{path.parent.name}")
     assert json.loads(path.read_text())["code"] == store.result_code("simclr")
     graves = list(path.parent.parent.glob(".stale-*"))
     assert graves and (graves[0] / "checkpoint.json").exists()  # set aside, not lost
@@ -96,5 +96,5 @@ def test_wrong_words_write_nothing(tmp_path):
 
 def test_an_unknown_parameter_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no parameter 'scael': choose among scale"):
-        suite.execute(suite.NOTEBOOKS / "taxonomy.ipynb", tmp_path / "out.ipynb", {"scael": "demo"})
+        notebooks.execute(suite.NOTEBOOKS / "taxonomy.ipynb", tmp_path / "out.ipynb", {"scael": "demo"})
     assert not list(tmp_path.iterdir())

@@ -33,7 +33,7 @@ def run(path: Path, store: bool) -> tuple[Path, float, subprocess.CompletedProce
     nbdev_test = [str(Path(sys.executable).parent / "nbdev_test"), "--path", str(path), "--n_workers", "0", "--do_print"]
     command = [sys.executable, "-c", STORE, str(path)] if store else nbdev_test
     began = time.monotonic()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}  # bars are for people who wait
     done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, timeout=LIMIT, env=environment)
     return path, time.monotonic() - began, done
 
