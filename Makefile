@@ -21,7 +21,7 @@ reproduce: venv  ## train, evaluate and draw the demo suite into figures/demo/
 
 test: venv lint notebooks  ## all that CI runs: exports, notebooks, lint, docs, tests
 	$(BIN)/python docs/build.py
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 lint: venv  ## ruff and the import contract
 	$(BIN)/ruff check .

@@ -164,9 +164,8 @@ def register(
 
 def methods() -> dict[str, type[Method]]:
     "All registered methods by key, in the order of their notebooks."
-    import advssl.methods
-
-    for module in pkgutil.iter_modules(advssl.methods.__path__): importlib.import_module(f"advssl.methods.{module.name}")
+    package = importlib.import_module("advssl.methods")  # by name: this module stands left of it
+    for module in pkgutil.iter_modules(package.__path__): importlib.import_module(f"advssl.methods.{module.name}")
     return dict(sorted(REGISTRY.items(), key=lambda item: item[1].card.notebook))
 
 

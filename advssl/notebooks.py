@@ -7,6 +7,7 @@ __all__ = ['execute', 'run_job', 'target_job']
 
 # %% ../nbs/5_evaluation/75_notebooks.ipynb #eb7a56dd
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ def execute(
     for name in parameters:
         if name not in known: raise ValueError(f"{Path(notebook).name} has no parameter {name!r}: choose among {', '.join(known)}")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(
-        str(notebook), str(out), parameters, cwd=str(cwd), progress_bar=False, log_output=True, kernel_name="python3",
-        start_timeout=300, config=Config({"KernelManager": {"transport": "ipc"}}),
-    )
+    with tempfile.TemporaryDirectory() as sockets:  # without a place of their own all kernels of a folder would meet in one socket
+        kernel = {"transport": "ipc", "ip": str(Path(sockets, "kernel"))}
+        papermill.execute_notebook(
+            str(notebook), str(out), parameters, cwd=str(cwd), progress_bar=False, log_output=True, kernel_name="python3",
+            start_timeout=300, config=Config({"KernelManager": kernel}),
+        )
 
 # %% ../nbs/5_evaluation/75_notebooks.ipynb #f0080aab
 def run_job(
