@@ -67,7 +67,7 @@ SCALES = {
     for scale in (
         Scale("smoke", "seconds: does everything run?", images=512, epochs=1, batch_size=128, warmup_epochs=0.5, train_steps=2,
               attack_steps=5, test_images=200, robust_images=50),
-        Scale("demo", "minutes on two cores, embedded data, one seed: screening", epochs=6, robust_images=500),
+        Scale("demo", "minutes on two cores, embedded data, one seed: screening", epochs=3, eps=(0.05,), robust_images=500),
         Scale("laptop", "hours on two cores, embedded data, three seeds", epochs=40, train_steps=7, robust_images=2000, seeds=(0, 1, 2)),
         Scale("cifar10", "one GPU, ResNet-18, the published recipes; nobody has run it here yet", data="cifar10", convnet="resnet18", vit="vit_tiny",
               epochs=1000, batch_size=512, optimizer="lars", lr=0.6, weight_decay=1e-6, warmup_epochs=10, precision="bf16-mixed", threads=0,

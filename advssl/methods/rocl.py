@@ -30,7 +30,7 @@ class RoCL(Method):
     )
     views = {"strong1": "simclr", "strong2": "simclr"}
     recipes = {
-        "demo": {"epochs": 3, "batch_size": 128},
+        "demo": {"epochs": 2, "batch_size": 128},
         "cifar10": {  # defaults of src/argument.py and the command in the README
             "batch_size": 512, "epochs": 1000,  # 256 on each of two GPUs
             "optimizer": "lars", "lr": 1.5, "warmup_epochs": 10.0,  # 0.1, raised by the factor 15 in ten epochs
