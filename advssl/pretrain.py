@@ -335,7 +335,8 @@ class Run:
         self.method.train()
         if self.step == 0: self.method.prepare(self.loader.endless())
         saved, began, first = time.monotonic(), time.monotonic(), self.step
-        bar = tqdm(total=self.total, initial=self.step, desc=f"{self.config.method} seed {self.config.seed}", disable=self.fabric.global_rank > 0)
+        quiet = {"disable": True} if self.fabric.global_rank else {}  # nothing said leaves TQDM_DISABLE to decide
+        bar = tqdm(total=self.total, initial=self.step, desc=f"{self.config.method} seed {self.config.seed}", **quiet)
         while self.step < self.total:
             epoch, done = divmod(self.step, self.loader.steps)
             for views in self.loader.epoch(epoch, done):

@@ -222,14 +222,15 @@ def set_aside(
     folder: Path,  # of a run
     method: str,  # key
 ) -> None:
-    "Move a run that other code made out of the way: it is neither reused nor lost."
-    pointer = folder / "checkpoint.json"
-    if not pointer.exists(): return
-    made_by = json.loads(pointer.read_text())["code"]
-    if made_by == training_code(get_method(method)): return
-    grave = folder.parent / f".stale-{folder.name}-{made_by}"
-    if not grave.exists(): folder.rename(grave)
-    else: shutil.rmtree(folder)
+    "Move what other code made out of the way, a whole run or its result alone: it is neither reused nor lost."
+    pointer, result = folder / "checkpoint.json", folder / "result.json"
+    made_by = json.loads(pointer.read_text())["code"] if pointer.exists() else None
+    if made_by and made_by != training_code(get_method(method)):
+        grave = folder.parent / f".stale-{folder.name}-{made_by}"
+        if grave.exists(): shutil.rmtree(folder)
+        else: folder.rename(grave)
+    elif result.exists() and json.loads(result.read_text())["code"] != result_code(method):
+        result.rename(folder / "result.stale.json")
 
 
 SNAKEFILE = Path(advssl.__file__).resolve().parent / "workflow" / "Snakefile"
@@ -265,9 +266,10 @@ def reproduce(
             if not dry_run: set_aside(work / job, wish["method"])
         write_atomic(work / "plan.json", json.dumps(todo, indent=1) + "\n")
         base = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), "--directory", str(work), "--config", f"plan={(work / 'plan.json').resolve()}"]
-        quiet = subprocess.run([*base, "--unlock", "--quiet", "all"], capture_output=True, text=True)
-        if quiet.returncode: raise RuntimeError(quiet.stderr)
-        options = ["--cores", str(cores), "--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input", "--quiet", "rules"]
+        if any((work / ".snakemake" / "locks").glob("*")):  # left by a call that was killed: ours is the only one alive
+            subprocess.run([*base, "--unlock", "--quiet", "all"], check=True, capture_output=True)
+        # every output is written by one rename, so one that is there is whole, whatever killed the call that made it
+        options = ["--cores", str(cores), "--keep-going", "--ignore-incomplete", "--rerun-triggers", "mtime", "params", "input", "--quiet", "rules"]
         options += ["--dry-run"] if dry_run else []
         options += ["--profile", profile] if profile else []
         return subprocess.run([*base, *options]).returncode

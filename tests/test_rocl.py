@@ -362,7 +362,7 @@ def slice_of_a_step(rank, world, folder):
 
 def test_two_processes_are_one(tmp_path):
     slice_of_a_step(0, 1, tmp_path)
-    mp.start_processes(slice_of_a_step, (2, str(tmp_path)), nprocs=2, start_method="fork")
+    mp.start_processes(slice_of_a_step, (2, str(tmp_path)), nprocs=2, start_method="spawn")
     whole, first, second = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
     assert torch.allclose(torch.cat([first[0], second[0]]), whole[0], atol=1e-12)
     for part in (first, second):

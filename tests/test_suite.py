@@ -71,6 +71,16 @@ def test_a_second_call_does_nothing(made):
     assert not changed
 
 
+def test_evaluating_a_run_again_gives_its_row_and_changes_nothing(made):
+    root, _ = made
+    row = next(r for r in store.rows(root / "runs", "smoke") if r["method"] == "simclr")
+    before = {p: store.sha256(p) for p in Path(row["folder"]).iterdir() if p.is_file()}
+    again = suite.evaluate_run(row["folder"], protocols=["knn"])
+    assert again["knn.clean"] == row["evaluation"]["knn.clean"] and "linear.clean" not in again
+    assert before == {p: store.sha256(p) for p in before}
+    with pytest.raises(ValueError, match="choose one of knn, linear"): suite.evaluate_run(row["folder"], protocols=["lp"])
+
+
 def test_changed_code_makes_a_row_stale_and_runs_it_again(made):
     root, _ = made
     (path,) = (root / "runs/smoke/simclr").glob("*/result.json")
