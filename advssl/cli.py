@@ -95,6 +95,10 @@ def reproduce(
     figures: Annotated[Path, typer.Option(help="The folder of all figures.")] = Path("figures"),
 ) -> None:
     "Make tables and figures, training and evaluating what is missing."
+    from advssl.notebooks import nothing_to_do
+
+    if not dry_run and nothing_to_do(runs / scale / "note.json", [target or [], scale, str(figures.resolve())]):
+        return typer.echo("Nothing to be done.")
     from advssl.suite import reproduce as make
 
     raise typer.Exit(make(target or [], scale, cores, runs, figures, dry_run, profile))

@@ -28,6 +28,7 @@ from .checkpoint import code_digest, write_atomic
 from .data import load
 from .evaluate.protocol import PROTOCOLS, evaluate
 from .method import check_settings, get_method, methods, settings
+from .notebooks import write_note
 from .pretrain import Config, restore, training_code
 from .store import result_code, rows
 from .threat import make_threat
@@ -272,4 +273,8 @@ def reproduce(
         options = ["--cores", str(cores), "--keep-going", "--ignore-incomplete", "--rerun-triggers", "mtime", "params", "input", "--quiet", "rules"]
         options += ["--dry-run"] if dry_run else []
         options += ["--profile", profile] if profile else []
-        return subprocess.run([*base, *options]).returncode
+        code = subprocess.run([*base, *options]).returncode
+        if code == 0 and not dry_run:
+            made = [work / job / "result.json" for job in todo["jobs"]] + [Path(figures, scale, f"{t}.provenance.json") for t in todo["targets"]]
+            write_note(work / "note.json", [list(targets), scale, str(Path(figures).resolve())], made)
+        return code

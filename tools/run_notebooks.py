@@ -21,6 +21,10 @@ from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
 from nbdev.clean import clean_nb
 path = Path(sys.argv[1])
+nb = read_nb(path)
+for cell in nb.cells:
+    if cell.cell_type == "code": cell.outputs = []  # a cell that falls silent would keep its old ones
+write_nb(nb, path)
 CaptureShell().execute(path, path, exc_stop=True)
 nb = read_nb(path)
 clean_nb(nb, allowed_cell_metadata_keys=["tags"])
