@@ -58,7 +58,7 @@ def pretrain(
     devices: Annotated[str, typer.Option(help="Devices to use: a number, or auto.")] = "1",
 ) -> None:
     "Pretrain a method, or go on where it was interrupted. Prints the run's folder."
-    from advssl.suite import resolve, run_folder
+    from advssl.suite import parent_folders, resolve, run_folder
 
     config = resolve(method, scale, seed, dict(map(parse_override, override or [])))
     from lightning_fabric import Fabric
@@ -68,7 +68,7 @@ def pretrain(
     folder = run_folder(runs, scale, config)
     fabric = Fabric(devices=devices if devices == "auto" else int(devices), precision=config.precision)
     fabric.launch()
-    train(config, folder, fabric=fabric)
+    train(config, folder, fabric=fabric, parents=parent_folders(runs, scale, config))
     typer.echo(folder)
 
 # %% ../nbs/5_evaluation/90_cli.ipynb #62f0130b

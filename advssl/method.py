@@ -73,6 +73,7 @@ class Method(nn.Module):
     views: ClassVar[dict[str, str]] = {"strong1": "simclr", "strong2": "simclr"}  # name of a view: augmentation recipe
     backbone: ClassVar[str] = "convnet"  # "convnet" or "vit": which of the scale's encoders it trains
     recipes: ClassVar[dict[str, dict]] = {}  # scale: departures from the scale's defaults
+    parents: ClassVar[dict[str, str]] = {}  # argument of the constructor: method whose finished encoder it receives
 
     def __init__(
         self,
@@ -96,8 +97,9 @@ class Method(nn.Module):
     def prepare(
         self,
         batches: Iterable[Views],  # endless batches of views
+        images: Tensor,  # all training images, uint8, shape (n, channels, height, width); `views.index` counts in them
     ) -> None:
-        "Before the first step of a fresh run, such as filling a bank. Nothing by default."
+        "Before the first step of a fresh run, such as filling a bank or clustering the images. Nothing by default."
 
     def turns(
         self,
@@ -186,9 +188,9 @@ def cards() -> list[dict]:  # a dict per method, JSON-able
 def settings(
     cls: type[Method],
 ) -> dict[str, Any]:  # name: default
-    "A method's settings: the constructor's keyword arguments behind `encoder`."
+    "A method's settings: the constructor's keyword arguments behind `encoder` and the parents."
     parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
-    return {p.name: p.default for p in parameters}
+    return {p.name: p.default for p in parameters if p.name not in cls.parents}
 
 
 def check_settings(

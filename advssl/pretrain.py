@@ -50,6 +50,7 @@ class Config:
     compile: bool = False  # torch.compile of the encoder
     threads: int = 0  # CPU threads; 0 leaves torch's choice. The number of threads changes the last bits
     settings: dict = field(default_factory=dict)  # the method's own, complete
+    parents: dict = field(default_factory=dict)  # complete records of the runs it stands on, by name; what is left out follows this run
 
     def __post_init__(self):
         positive = {"batch_size": self.batch_size, "lr": self.lr}
@@ -61,6 +62,20 @@ class Config:
         # a dict of settings that the method does not know must fail here, before any data is read
         known = settings(get_method(self.method))
         object.__setattr__(self, "settings", known | check_settings(known, self.settings))
+        object.__setattr__(self, "parents", self.complete_parents())
+
+    def complete_parents(self) -> dict[str, dict]:
+        "Records of the parents' runs; those not given follow this one in everything but the method."
+        wanted = get_method(self.method).parents
+        unknown = [name for name in self.parents if name not in wanted]
+        if unknown: raise ValueError(f"{self.method} has no parent {unknown[0]!r}: choose among {', '.join(wanted) or 'none at all'}")
+        same = {k: v for k, v in vars(self).items() if k not in ("method", "settings", "parents")}
+        records = {name: Config(**(self.parents.get(name) or same | {"method": method})) for name, method in wanted.items()}
+        for name, record in records.items():
+            for key in ("data", "images", "encoder"):
+                mine, theirs = getattr(self, key), getattr(record, key)
+                if mine != theirs: raise ValueError(f"{self.method} and its {name} need the same {key}, got {mine!r} and {theirs!r}")
+        return {name: record.to_json() for name, record in records.items()}
 
     def to_json(self) -> dict:
         "A JSON-able dict."
@@ -163,9 +178,10 @@ def build(
     channels: int,  # of the images
     size: int,  # of the images, in pixels
 ) -> Method:
-    "The untrained method of a run; its weights follow the run's seed."
+    "The untrained method of a run; its weights follow the run's seed. Parents are untrained too: the loop or a checkpoint fills them."
+    parents = {name: build(Config(**record), channels, size).evaluated() for name, record in config.parents.items()}
     torch.manual_seed(config.seed)
-    method = get_method(config.method)(make_encoder(config.encoder, channels, size), **config.settings)
+    method = get_method(config.method)(make_encoder(config.encoder, channels, size), **parents, **config.settings)
     return method.to(memory_format=torch.channels_last) if config.channels_last else method
 
 
@@ -189,9 +205,10 @@ def restore(
 def own_modules(
     method: Method | type[Method],
 ) -> list[str]:  # modules of this package that define the method; none for one written in a notebook
-    "Where a method's code lies."
+    "Where the code of a method and of its parents lies."
     cls = method if isinstance(method, type) else type(method)
-    return [cls.__module__] if cls.__module__.startswith("advssl.") else []
+    own = [cls.__module__] if cls.__module__.startswith("advssl.") else []
+    return own + [module for parent in cls.parents.values() for module in own_modules(get_method(parent))]
 
 
 def training_code(
@@ -250,11 +267,13 @@ class Run:
         fabric: Any = None,  # a lightning_fabric.Fabric: devices and processes; default: one device, a GPU where there is one
         root: str | None = None,  # where data sets lie; see `advssl.data.load`
         checkpoint_seconds: float = 60.0,  # time between checkpoints
+        parents: dict[str, Path | str] | None = None,  # folders of the parents' runs by name; default: inside this one
     ):
         from lightning_fabric import Fabric  # seconds to import, and only training needs it
 
         if config.threads: torch.set_num_threads(config.threads)
-        self.config, self.folder, self.every = config, Path(folder), checkpoint_seconds
+        self.config, self.folder, self.root, self.every = config, Path(folder), root, checkpoint_seconds
+        self.parents = {name: Path((parents or {}).get(name, self.folder / name)) for name in config.parents}
         self.fabric = fabric or Fabric(devices=1, precision=config.precision)
         device = self.fabric.device
         data = load(config.data, root)
@@ -301,6 +320,14 @@ class Run:
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
         if self.fabric.global_rank == 0: checkpoint.write_atomic(log, "".join(line + "\n" for line in kept))
 
+    def begin(self) -> None:
+        "What a fresh run needs before its first step: its parents, trained here where they are missing, and its own preparation."
+        with torch.random.fork_rng():  # whether a parent was found or trained must not show in the numbers
+            for name, record in self.config.parents.items():
+                parent = pretrain(Config(**record), self.parents[name], fabric=self.fabric, root=self.root, checkpoint_seconds=self.every)
+                getattr(self.method, name).load_state_dict(parent.evaluated().state_dict())
+        self.method.prepare(self.loader.endless(), self.data.images[: self.loader.count])
+
     def check_finite(self) -> None:
         "Stop with the last good state kept where an objective or a logged value is not finite."
         if not self.meter.finite():
@@ -333,7 +360,7 @@ class Run:
     ) -> Method:  # trained, in evaluation mode
         "Train to the end from wherever the run stands."
         self.method.train()
-        if self.step == 0: self.method.prepare(self.loader.endless())
+        if self.step == 0: self.begin()
         saved, began, first = time.monotonic(), time.monotonic(), self.step
         quiet = {"disable": True} if self.fabric.global_rank else {}  # nothing said leaves TQDM_DISABLE to decide
         bar = tqdm(total=self.total, initial=self.step, desc=f"{self.config.method} seed {self.config.seed}", **quiet)

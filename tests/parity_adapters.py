@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 from parity_models import TanhEncoder
 
-from advssl.attack import fgsm, pgd_path
+import advssl.trades
+from advssl.attack import Perturbation, fgsm, pgd_path
 from advssl.bank import LearnableBank
 from advssl.contrast import (
     contrast,
@@ -21,6 +22,7 @@ from advssl.contrast import (
 )
 from advssl.masked import grid_coordinates, sincos_position_embedding
 from advssl.threat import Linf
+from advssl.trades import divergence
 
 # bank
 
@@ -222,3 +224,16 @@ def adpe_pos_embed(inputs):
     (grad,) = torch.autograd.grad(shifted, delta, inputs["cotangent"])
     clean = sincos_position_embedding(grid, inputs["dim"])
     return {"pos_embed_shifted": shifted, "pos_embed_clean": clean, "grad_delta": grad}
+
+
+# trades
+
+
+def trades(inputs):
+    net, labels = TanhEncoder(inputs["encoder"]), inputs["labels"].long()
+    natural = net(inputs["x"]).detach()
+    path = _iterates(lambda t: divergence(natural, net(t)), inputs, inputs["x"], inputs["delta0"], model=net, clip_start=False)
+    player = Perturbation(Linf(inputs["epsilon"]), inputs["steps"], inputs["alpha"], inputs["delta0"], clip_start=False)
+    loss = advssl.trades.trades(net, inputs["x"], labels, player, inputs["beta"])
+    loss.backward()
+    return {"x_adv_after_each_step": path, "loss": loss, "loss_grads": net.grads()}

@@ -15,12 +15,12 @@ from torch import nn
 
 from advssl.data import Splits
 from advssl.evaluate import protocol, robust
-from advssl.evaluate.features import extract, to_unit
 from advssl.evaluate.knn import knn_accuracy, knn_predict
 from advssl.evaluate.linear import PENALTIES, fit_softmax, fold, linear_probe, softmax_objective, standardise
 from advssl.evaluate.protocol import Outcome, evaluate, find_attack, result_key, robust_sample
 from advssl.evaluate.robust import clean_mask, random_starts, robust_accuracy, robust_mask
 from advssl.evaluate.statistics import Accuracy, t_interval, t_quantile, wilson
+from advssl.features import extract, to_unit
 from advssl.images import ImageSet
 from advssl.threat import L1, L2, Linf
 

@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from advssl import notebooks, store, suite
 from advssl.method import methods
+from advssl.pretrain import restore
 
 pytest.importorskip("papermill")
 pytest.importorskip("snakemake")
@@ -53,6 +55,20 @@ def test_every_target_is_made_from_real_runs(made):
         for name, digest in row["checkpoint"].items(): assert store.sha256(Path(row["folder"]) / name) == digest
     table = (root / "figures/smoke/robustness.md").read_text()
     for cls in methods().values(): assert cls.card.name in table
+
+
+def test_children_stand_on_the_runs_beside_them(made):
+    """A parent is a job of the plan, trained once, and its child's checkpoint holds the same weights."""
+    root, _ = made
+    plan = suite.plan([], "smoke", root / "runs", root / "figures")
+    for job, wish in plan["jobs"].items():
+        assert set(wish["parents"]) <= set(plan["jobs"])
+        if not wish["parents"]: continue
+        child, config = restore(root / "runs/smoke" / job)
+        for name, folder in suite.parent_folders(root / "runs", "smoke", config).items():
+            theirs, mine = restore(folder)[0].evaluated().state_dict(), getattr(child, name).state_dict()
+            assert all(torch.equal(value, mine[key]) for key, value in theirs.items())
+            assert not (root / "runs/smoke" / job / name).exists(), "the parent was trained a second time"
 
 
 def test_a_kill_repeats_nothing_that_was_done(made):

@@ -57,7 +57,7 @@ class AdCo(Method):
         self.bank = LearnableBank(embedding_dim, bank_size, bank_temperature, bank_lr, bank_momentum, bank_decay, negative_sign=sign)
         self.temperature, self.in_batch, self.symmetric = temperature, in_batch, symmetric
 
-    def prepare(self, batches):
+    def prepare(self, batches, images):
         "Fill the bank with keys of the first encoder, as the paper does."
         self.bank.fill(unit(gather(self.slow(views.strong2))) for views in batches)
 
