@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VITS', 'PIXELS', 'Normalise', 'SmallConvNet', 'small_image_stem', 'Encoder', 'make_encoder', 'BranchedBatchNorm',
-           'add_branches', 'branch', 'mlp_head', 'EMA', 'cosine_momentum']
+           'add_branches', 'branch', 'SplitBatchNorm', 'split_batch_norm', 'mlp_head', 'EMA', 'cosine_momentum']
 
 # %% ../nbs/1_foundations/60_encoders.ipynb #707899ed
 import copy
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -168,6 +169,44 @@ def branch(
     finally:
         for layer, old in zip(layers, before, strict=True): layer.active = old
 
+# %% ../nbs/1_foundations/60_encoders.ipynb #c3638822
+class SplitBatchNorm(nn.Module):
+    "BatchNorm by the statistics of each share of the batch, Eq. (3); in evaluation mode the plain layer."
+
+    def __init__(
+        self,
+        base: nn.Module,  # the BatchNorm layer; its parameters and running averages serve all shares
+        shares: int,  # S >= 1, equal consecutive parts of each batch
+    ):
+        super().__init__()
+        if shares < 1: raise ValueError(f"shares must be >= 1, got {shares}")
+        self.base, self.shares = base, shares
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.shares == 1: return self.base(x)
+        if len(x) % self.shares: raise ValueError(f"a batch of {len(x)} has no {self.shares} equal shares: choose another batch size")
+        base, copies = self.base, lambda t: t.repeat(self.shares)
+        side_by_side = x.unflatten(0, (self.shares, -1)).transpose(0, 1).flatten(1, 2)  # a share's channels are channels of their own
+        mean, var = copies(base.running_mean), copies(base.running_var)
+        affine = (copies(base.weight), copies(base.bias)) if base.affine else (None, None)
+        out = F.batch_norm(side_by_side, mean, var, *affine, True, base.momentum, base.eps)
+        base.running_mean.copy_(mean.view(self.shares, -1).mean(0))
+        base.running_var.copy_(var.view(self.shares, -1).mean(0))
+        base.num_batches_tracked.add_(1)
+        return out.unflatten(1, (self.shares, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def split_batch_norm(
+    module: nn.Module,  # changed in place
+    shares: int,  # S; 1 changes nothing
+) -> nn.Module:  # the same object
+    "Let every BatchNorm below `module` see shares of the batch."
+    if shares == 1: return module
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm): setattr(module, name, SplitBatchNorm(child, shares))
+        else: split_batch_norm(child, shares)
+    return module
+
 # %% ../nbs/1_foundations/60_encoders.ipynb #7243fd1a
 def mlp_head(
     in_dim: int,  # number of input features
@@ -191,7 +230,7 @@ def mlp_head(
 
 # %% ../nbs/1_foundations/60_encoders.ipynb #cc4ac8c8
 class EMA(nn.Module):
-    "A slow copy of a module, Eq. (3). Its parameters never require a gradient."
+    "A slow copy of a module, Eq. (4). Its parameters never require a gradient."
 
     def __init__(
         self,
@@ -209,7 +248,7 @@ class EMA(nn.Module):
         source: nn.Module,  # the module followed
         momentum: float | None = None,  # m of this step; default: the constant one
     ) -> None:
-        "Eq. (3), once."
+        "Eq. (4), once."
         m = self.momentum if momentum is None else momentum
         torch._foreach_lerp_(list(self.module.parameters()), [p.detach() for p in source.parameters()], 1 - m)
         for mine, theirs in zip(self.module.buffers(), source.buffers(), strict=True): mine.copy_(theirs)
@@ -224,5 +263,5 @@ def cosine_momentum(
     base: float,  # m_0, the momentum at the start
     progress: float,  # p in [0, 1], share of the run that is done
 ) -> float:
-    "Momentum raised to 1 along a half cosine, Eq. (4). Grill et al. 2020."
+    "Momentum raised to 1 along a half cosine, Eq. (5). Grill et al. 2020."
     return 1 - (1 - base) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -123,7 +123,7 @@ def run_folder(
     scale: str,  # name of the scale
     config: Config,
 ) -> Path:
-    "runs/<scale>/<method>/<seed>-<key>"
+    "`runs/<scale>/<method>/<seed>-<key>`"
     return Path(runs, scale, config.method, f"{config.seed}-{run_key(config)}")
 
 

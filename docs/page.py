@@ -145,6 +145,8 @@ class Page:
     def card(self, symbol: api.Symbol, source: Source | None = None) -> str:
         "Name, call, docstring and a row per parameter; then the same, smaller, for each method."
         source = source or self.source
+        if re.search(r"<\w", re.sub(r"`[^`]+`", "", symbol.doc)):
+            self.problem(f"the docstring of {symbol.name} has a < that reads as markup: put it between backticks")
         level = "#" * (min(self.level + 1, 5) + symbol.name.count("."))
         name, _, _ = symbol.name.partition(".")
         line = self.line(source.module, name)

@@ -8,7 +8,10 @@ from advssl.method import Views, play
 from advssl.pretrain import average_gradients, build
 from advssl.suite import resolve
 
-METHODS = {"simclr": {}, "adco": {"bank_size": 24, "embedding_dim": 16, "hidden_dim": 32}}
+METHODS = {
+    "simclr": {}, "adco": {"bank_size": 24, "embedding_dim": 16, "hidden_dim": 32},
+    "moco-v2": {"queue_size": 24, "embedding_dim": 16, "hidden_dim": 32, "shares": 1},
+}
 
 
 def step(name: str, rank: int, world: int) -> dict[str, torch.Tensor]:
@@ -19,8 +22,9 @@ def step(name: str, rank: int, world: int) -> dict[str, torch.Tensor]:
     whole = {view: torch.rand(8, 1, 28, 28, generator=generator) for view in method.views}
     mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
     optimizers = {"network": torch.optim.SGD(method.network.parameters(), 0.5)}
-    for _ in range(2):
-        play(method, Views(**{k: v[mine] for k, v in whole.items()}), optimizers, reduce=average_gradients)
+    views = Views(index=torch.arange(8)[mine], **{k: v[mine] for k, v in whole.items()})
+    method.prepare((Views(index=views.index + 100, strong2=views.strong1 / (i + 1)) for i in range(3)), torch.empty(24))
+    for _ in range(2): play(method, views, optimizers, reduce=average_gradients)
     return method.state_dict()
 
 

@@ -119,6 +119,7 @@ def test_equations_get_anchors_and_citations_link(one):
     (md("[x](20_gone.ipynb)"), "no nbs/1_foundations/20_gone.ipynb"), (md("![](10_balls.ipynb)"), "without a caption"),
     (md("![x](https://example.org/x.png)"), "another host"), (md("As in @fig-none."), "@fig-none"),
     (code("f", result(text_plain="<function f at 0x7f>")), "differs from run to run"), (code("show_doc(gone)"), "show_doc(gone)"),
+    (code('#| export\ndef f():\n    "In runs/<scale>."'), "reads as markup"),
 ])
 def test_mistakes_are_named(one, cell, word):
     _, problems = one(md("$$a\\tag{1}$$ $$a\\tag{2}$$ $$a\\tag{4}$$"), cell)
