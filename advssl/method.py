@@ -20,6 +20,8 @@ import torch
 import torch.distributed.nn.functional
 from torch import Tensor, nn
 
+from .augment import Recipe
+
 # %% ../nbs/1_foundations/90_method.ipynb #b6312691
 @dataclass(eq=False)
 class Player:
@@ -70,7 +72,7 @@ class Method(nn.Module):
     "Base class of all methods: an encoder, what is trained beside it, and the turns of one step."
 
     card: ClassVar[Card]
-    views: ClassVar[dict[str, str]] = {"strong1": "simclr", "strong2": "simclr"}  # name of a view: augmentation recipe
+    views: ClassVar[dict[str, str | Recipe]] = {"strong1": "simclr", "strong2": "simclr"}  # name of a view: augmentation recipe
     backbone: ClassVar[str] = "convnet"  # "convnet" or "vit": which of the scale's encoders it trains
     recipes: ClassVar[dict[str, dict]] = {}  # scale: departures from the scale's defaults
     parents: ClassVar[dict[str, str]] = {}  # argument of the constructor: method whose finished encoder it receives
@@ -84,6 +86,14 @@ class Method(nn.Module):
         self.generator: torch.Generator | None = None  # set by the loop: all randomness of a step comes from it
         self.progress = 0.0  # set by the loop: share of the run that is done, in [0, 1]
         self.logs: dict[str, Tensor] = {}
+
+    def augmentation(
+        self,
+        view: str,  # a name in `views`
+        progress: float,  # share of the run that is done, in [0, 1)
+    ) -> str | Recipe:
+        "How a view is drawn at this moment of the run; by default as `views` says, from the first step to the last."
+        return self.views[view]
 
     def players(self) -> list[Player]:
         "Everybody who moves by gradient steps; by default the network: all parameters that require a gradient."

@@ -9,7 +9,7 @@ __all__ = ['PLAYERS', 'ON_DEVICE', 'OPTIMIZERS', 'Config', 'make_optimizer', 'ma
 # %% ../nbs/1_foundations/95_pretrain.ipynb #5a7b2d9f
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -121,7 +121,7 @@ class Loader:
     "Batches of named views; a function of (seed, epoch, position) and the generator alone."
 
     pool: ImageSet  # the images to train on
-    augmentations: dict[str, Augment]  # by name of the view
+    augmentations: Callable[[float], dict[str, Augment]]  # share of the run that is done: augmentations by name of the view
     config: Config
     generator: torch.Generator  # of the run; its device is the run's
     rank: int = 0  # this process
@@ -144,13 +144,14 @@ class Loader:
     def views(
         self,
         index: Tensor,  # positions of the whole batch, shape (batch_size,)
+        progress: float = 0.0,  # share of the run that is done, in [0, 1)
     ) -> Views:
         "This process's slice of the batch, augmented."
         share = len(index) // self.world
         mine = slice(self.rank * share, (self.rank + 1) * share)
         device, index = self.generator.device, index.to(self.pool.images.device)
         images, out = self.pool.images[index[mine]].to(device), {}
-        for name, augment in self.augmentations.items():
+        for name, augment in self.augmentations(progress).items():
             parameters = augment.sample(len(index), self.generator, images.shape[-1])
             out[name] = augment.apply(images, take(parameters, mine))
             if self.config.channels_last: out[name] = out[name].contiguous(memory_format=torch.channels_last)
@@ -161,9 +162,10 @@ class Loader:
         number: int,  # epoch, from 0
         skip: int = 0,  # batches already seen
     ) -> Iterator[Views]:
-        "The batches of one epoch in their seeded order."
-        for index in batches(self.count, self.config.batch_size, self.config.seed, number)[skip:]:
-            yield self.views(index)
+        "The batches of one epoch in their seeded order; those behind the last epoch are drawn as at the start."
+        order = batches(self.count, self.config.batch_size, self.config.seed, number)
+        for i, index in enumerate(order[skip:], number * self.steps + skip):
+            yield self.views(index, i / (self.config.epochs * self.steps) if number < self.config.epochs else 0.0)
 
     def endless(self) -> Iterator[Views]:
         "Batches without end, for a method's preparation; never the order of a training epoch."
@@ -282,7 +284,8 @@ class Run:
         self.channels, self.size = pool.images.shape[1:3]
         self.method = build(config, self.channels, self.size).to(device)
         self.method.generator = stream(config.seed, PLAYERS, device=device)
-        augmentations = {name: Augment(recipe, self.size) for name, recipe in self.method.views.items()}
+        draw = self.method.augmentation
+        augmentations = lambda progress: {name: Augment(draw(name, progress), self.size) for name in self.method.views}
         self.loader = Loader(self.data, augmentations, config, self.method.generator, self.fabric.global_rank, self.fabric.world_size)
         if config.compile: self.method.encoder.compile()
         self.total = config.epochs * self.loader.steps

@@ -129,12 +129,18 @@ class Group:
         return sum(values) / len(values), *t_interval(values)
 
 
+def _seedless(config: dict) -> dict:
+    "A run's record without its seed, nor those of the runs that it stands on."
+    rest = {k: v for k, v in config.items() if k != "seed"}
+    return rest | {"parents": {name: _seedless(parent) for name, parent in config.get("parents", {}).items()}}
+
+
 def summarise(
     found: Sequence[dict],  # from `rows`
 ) -> list[Group]:  # untrained encoders first, then in the order of the methods' pages
     "Rows that differ only in their seed, together."
     order, groups = list(methods()), {}
-    same = lambda r: (r["method"], json.dumps({k: v for k, v in r["config"].items() if k != "seed"}, sort_keys=True))
+    same = lambda r: (r["method"], json.dumps(_seedless(r["config"]), sort_keys=True))
     for r in found: groups.setdefault(same(r), []).append(r)
     made = [Group(method, members[0]["config"]["encoder"], members) for (method, _), members in groups.items()]
     return sorted(made, key=lambda g: (g.method != "untrained", order.index(g.method), g.encoder))

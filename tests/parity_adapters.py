@@ -2,6 +2,7 @@
 import torch
 import torch.nn.functional as F
 from parity_models import TanhEncoder
+from torch import nn
 
 import advssl.trades
 from advssl.attack import Perturbation, fgsm, pgd_path
@@ -21,6 +22,9 @@ from advssl.contrast import (
     view_pairs,
 )
 from advssl.masked import grid_coordinates, sincos_position_embedding
+from advssl.methods.advcl import AdvCL, high_pass
+from advssl.methods.deacl import DeACL
+from advssl.methods.dynacl import air_loss, invariance
 from advssl.threat import Linf
 from advssl.trades import divergence
 
@@ -237,3 +241,48 @@ def trades(inputs):
     loss = advssl.trades.trades(net, inputs["x"], labels, player, inputs["beta"])
     loss.backward()
     return {"x_adv_after_each_step": path, "loss": loss, "loss_grads": net.grads()}
+
+
+# AdvCL
+
+
+def advcl_high_pass(inputs): return {"high_pass": high_pass(inputs["x"], inputs["radius"])}
+
+
+def attack_advcl(inputs):
+    net, heads = TanhEncoder(inputs["encoder"]), inputs["heads"]
+    net.out_dim = len(net.b2)
+    clusters = " ".join(str(len(head["b"])) for head in heads)
+    method = AdvCL(net, nn.Identity(), inputs["temperature"], clusters=clusters, weight=inputs["ce_weight"], upstream=True).double()
+    method.heads.load_state_dict({ours: torch.cat([head[theirs] for head in heads]) for ours, theirs in (("weight", "W"), ("bias", "b"))})
+    high, targets = high_pass(inputs["org"], inputs["radius"]), inputs["targets"].long().T
+    fixed = torch.stack([net(t) for t in (inputs["t1"], inputs["t2"], high)]).detach()
+    search = lambda objective, start: _iterates(objective, inputs, inputs["org"], inputs[start], model=method, clip_start=False)
+    x_cl = search(lambda t: method.loss(torch.cat([net(t)[None], fixed])), "delta0_cl")
+    x_ce = search(lambda t: method.pseudo_loss(net(t), targets), "delta0_ce")
+    return {"x_cl_after_each_step": x_cl, "x_ce_after_each_step": x_ce, "high_pass": high}
+
+
+# DeACL
+
+
+def attack_deacl(inputs):
+    student, teacher, x = TanhEncoder(inputs["student"]), TanhEncoder(inputs["teacher"]), inputs["x"]
+    method, target = DeACL(student, teacher), teacher(x).detach()
+    path = _iterates(lambda t: method.distance(student(t), target), inputs, x, inputs["delta0"], model=student, clip_start=False)
+    loss = method.loss(student(x), student(path[-1]), target)
+    loss.backward()
+    outer = {"formula_outer_loss": loss, "formula_outer_grads": student.grads()}
+    return {"teacher_features": target, "x_adv_after_each_step": path} | outer
+
+
+# DynACL
+
+
+def air(inputs):
+    names = "zi", "zj", "z_orig", "zi_adv", "zj_adv"
+    leaves, how = {k: inputs[k].requires_grad_() for k in names}, {k: inputs[k] for k in ("temperature", "weight", "lambda1", "lambda2")}
+    total, parts = air_loss(*leaves.values(), **how, form="upstream")
+    upstream = _graded(total, {"total": total, **parts}, **leaves)
+    exact, product = (invariance(*leaves.values(), inputs["temperature"], form) for form in ("exact", "product"))
+    return {"upstream": upstream, "exact_by_formula": {"SIR": exact[0], "AIR_renormalised": exact[1], "AIR_not_renormalised": product[1]}}

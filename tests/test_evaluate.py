@@ -418,7 +418,7 @@ def test_evaluate_end_to_end(data):
 
     # the same by hand, from pixels to logits
     features = extract(net, data.train.images)
-    probe = linear_probe(features, data.train.labels, classes=CLASSES)
+    probe = linear_probe(features, data.train.labels, classes=CLASSES, penalties=[protocol.PENALTY])
     classifier, some = nn.Sequential(net, probe.head), robust_sample(120, 60)
     assert result["linear.clean"]["penalty"] == probe.penalty
     assert Accuracy.from_json(result["linear.clean"]) == Accuracy.of(clean_mask(classifier, data.test.images, data.test.labels))
