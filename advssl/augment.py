@@ -129,6 +129,7 @@ class Recipe:
     gray: float = 0.0  # probability of dropping the colour
     blur: float = 0.0  # probability of a blur with sigma in [0.1, 2] pixels
     blur_from: int = 0  # smallest output size that is blurred at all
+    scale: float = 1.0  # side of the view as a share of the image's side, in (0, 1], rounded to whole pixels
 
     def __post_init__(self):
         if self.crop and not 0 < self.crop[0] <= self.crop[1] <= 1:
@@ -136,6 +137,7 @@ class Recipe:
         if self.crop and self.pad: raise ValueError("use crop or pad, not both: set crop=None or pad=0")
         if min(self.jitter) < 0 or self.jitter[3] > 0.5:
             raise ValueError(f"jitter ranges are >= 0 and that of the hue at most 0.5; got {self.jitter}: lower the strength")
+        if not 0 < self.scale <= 1: raise ValueError(f"scale is a share of the image's side, 0 < scale <= 1; got {self.scale}")
         for name in ("flip", "jitter_p", "gray", "blur"):
             if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name} is a probability; got {getattr(self, name)}")
 
@@ -187,13 +189,14 @@ class Augment:
     def __init__(
         self,
         recipe: str | Recipe,  # a name in RECIPES, or your own
-        size: int,  # pixels of the output's side
+        size: int,  # pixels of the output's side, before the recipe's `scale`
         strength: float = 1.0,  # multiplies the four jitter ranges: SimCLR's s
     ):
         if isinstance(recipe, str):
             if recipe not in RECIPES: raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
             recipe = RECIPES[recipe]
-        if size < 1: raise ValueError(f"size is the output's side in pixels, at least 1; got {size}")
+        size = round(size * recipe.scale)
+        if size < 1: raise ValueError(f"the output's side is at least 1 pixel; got {size}, rounded, at scale {recipe.scale:.3g}")
         self.size, self.recipe = size, replace(recipe, jitter=tuple(strength * s for s in recipe.jitter))
         blurs = recipe.blur and size >= recipe.blur_from
         self.radius = max(1, size // 20) if blurs else 0  # 2 radius + 1 taps are about a tenth of the side: SimCLR's rule

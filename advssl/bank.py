@@ -149,7 +149,7 @@ class LearnableBank(nn.Module):
             raise ValueError(f"positives must be int64 slots of shape ({n},), got {positives.dtype} {tuple(positives.shape)}")
         if logits is not None and logits.shape != (n, size): raise ValueError(f"logits must be q @ directions.T of shape ({n}, {size}), got {tuple(logits.shape)}")
         q = q.to(self.W)
-        logits = q @ self.directions.T if logits is None else logits.to(self.W)
+        if logits is None or logits.dtype != self.W.dtype: logits = q @ self.directions.T
         if keys is not None:
             if keys.ndim not in (2, 3) or keys.shape[-1] != dim or (keys.ndim == 3 and len(keys) != n):
                 raise ValueError(f"keys must have shape (m, {dim}) or ({n}, m, {dim}), got {tuple(keys.shape)}")
@@ -170,7 +170,7 @@ class LearnableBank(nn.Module):
         q: Tensor,  # unit queries, shape (n, dim)
         keys: Tensor | None = None,  # what else stands in the softmax: (m, dim) for all queries, or (n, m, dim) for each its own
         positives: Tensor | None = None,  # slot that is each query's positive, int64, shape (n,); None: all slots are negatives
-        logits: Tensor | None = None,  # q @ directions.T if the encoder's loss has it already, in full precision, not yet divided by a temperature
+        logits: Tensor | None = None,  # q @ directions.T if the encoder's loss has it already, not yet divided by a temperature; used if as precise as W
     ) -> Tensor:  # u, shape (size, dim)
         "The pull of a batch on every direction, Eq. (5); it moves nothing yet."
         q, logits, others = self._similarities(q, keys, positives, logits)

@@ -85,15 +85,18 @@ class Encoder(nn.Module):
         backbone: nn.Module,  # maps normalised images to features, shape (n, out_dim)
         out_dim: int,  # number of features
         in_channels: int = 1,  # channels of the image, 1 or 3
+        image_size: int | None = None,  # the only side it reads, in pixels; None: any
     ):
         super().__init__()
         self.normalise = Normalise(*PIXELS[in_channels])
-        self.backbone, self.out_dim = backbone, out_dim
+        self.backbone, self.out_dim, self.image_size = backbone, out_dim, image_size
 
     def forward(
         self,
         x: Tensor,  # images in [0, 1], shape (n, channels, height, width)
     ) -> Tensor:  # features, shape (n, out_dim)
+        if self.image_size not in (None, x.shape[-1]):
+            raise ValueError(f"this encoder reads images of {self.image_size} pixels only, got {x.shape[-1]}: views of several sizes need a convolutional one")
         return self.backbone(self.normalise(x))
 
 # %% ../nbs/1_foundations/60_encoders.ipynb #1499c088
@@ -117,7 +120,7 @@ def make_encoder(
         if image_size <= 64: small_image_stem(backbone, in_channels)
     else:
         raise ValueError(f"unknown encoder {name!r}: choose small_convnet, {', '.join(VITS)} or a timm ResNet")
-    return Encoder(backbone, backbone.num_features, in_channels)
+    return Encoder(backbone, backbone.num_features, in_channels, image_size if name in VITS else None)
 
 # %% ../nbs/1_foundations/60_encoders.ipynb #f6f58278
 class BranchedBatchNorm(nn.Module):

@@ -71,7 +71,7 @@ SCALES = {
         Scale("demo", "minutes on two cores, embedded data, one seed: screening", epochs=3, eps=(0.05,), robust_images=500),
         Scale("laptop", "hours on two cores, embedded data, three seeds", epochs=40, train_steps=7, robust_images=2000, seeds=(0, 1, 2)),
         Scale("cifar10", "one GPU, ResNet-18, the published recipes; nobody has run it here yet", data="cifar10", convnet="resnet18", vit="vit_tiny",
-              epochs=1000, batch_size=512, optimizer="lars", lr=0.6, weight_decay=1e-6, warmup_epochs=10, precision="bf16-mixed", threads=0,
+              epochs=1000, batch_size=512, optimizer="lars", lr=0.6, weight_decay=1e-6, warmup_epochs=10.0, precision="bf16-mixed", threads=0,
               train_eps=8 / 255, train_steps=5, eps=(8 / 255, 16 / 255), robust_images=10_000, seeds=(0, 1, 2)),
     )
 }

@@ -1,12 +1,11 @@
 "One function for each parity file: a case's inputs to its outputs, by calls of the library and without maths."
 import torch
 import torch.nn.functional as F
-from parity_models import TanhEncoder
+from parity_models import TanhEncoder, linear, tanh_layer, tanh_masks
 from torch import nn
 
 import advssl.trades
 from advssl.attack import Perturbation, fgsm, pgd_path
-from advssl.bank import LearnableBank
 from advssl.contrast import (
     contrast,
     hard_log_sum,
@@ -21,8 +20,15 @@ from advssl.contrast import (
     unit,
     view_pairs,
 )
+from advssl.encoders import Encoder, Normalise
 from advssl.masked import grid_coordinates, sincos_position_embedding
+from advssl.method import Method, Player, Views, play
+from advssl.methods.adco import AdCo
+from advssl.methods.adios import ADIOS, area_penalty
+from advssl.methods.adpe import Shift
 from advssl.methods.advcl import AdvCL, high_pass
+from advssl.methods.byol import bootstrap_loss
+from advssl.methods.caco import CaCo
 from advssl.methods.deacl import DeACL
 from advssl.methods.dynacl import air_loss, invariance
 from advssl.threat import Linf
@@ -31,32 +37,32 @@ from advssl.trades import divergence
 # bank
 
 
-def _bank(inputs, **settings):
-    "A bank that holds the case's slots and velocity; the files store them as columns."
+def _with_bank(cls, inputs, **names):
+    "A method whose bank holds the case's slots and velocity; the files store them as columns. `names`: our settings, their names."
     W, v = inputs["W0"].T, inputs["v0"].T
-    bank = LearnableBank(W.shape[1], len(W), **settings).to(W)
-    bank.load_state_dict({"W": W, "velocity": v, "hits": bank.hits})
-    return bank
+    encoder = nn.Identity()
+    encoder.out_dim = 1
+    own = {ours: inputs["hyper"][theirs] for ours, theirs in names.items()}
+    method = cls(encoder, bank_size=len(W), embedding_dim=W.shape[1], hidden_dim=1, **own).double()
+    method.bank.load_state_dict({"W": W, "velocity": v, "hits": method.bank.hits})
+    return method
 
 
 def adco_bank(inputs):
-    hyper, mode, out = inputs["hyper"], inputs["mode"], []
-    names = {"momentum": "momentum", "weight_decay": "mem_wd", "lr": "memory_lr", "temperature": "mem_t"}
-    bank = _bank(inputs, **{ours: hyper[theirs] for ours, theirs in names.items()})
+    mode, out = inputs["mode"], []
+    temperatures = {"temperature": "moco_t", "bank_temperature": "mem_t"}
+    method = _with_bank(AdCo, inputs, bank_momentum="momentum", bank_decay="mem_wd", bank_lr="memory_lr", **temperatures)
+    bank, weight = method.bank, 0.5 if mode == "sym" else 1.0
     for step in inputs["steps"]:
         queries = ["q_pred", "k_pred"] if mode == "sym" else [name for name in step if name != "k"]
         leaf = {name: torch.stack(list(step[name])).requires_grad_() for name in queries}  # a copy; crops may be a list
         crops = [crop for q in leaf.values() for crop in (q if q.ndim == 3 else [q])]
         keys = [step["k"], step["q"]] if mode == "sym" else [step["k"]] * len(crops)
-        weights = [0.5, 0.5] if mode == "sym" else [1.0] * len(crops)
-        sims = [q @ bank.directions.T for q in crops]
-        loss = 0.0
-        for q, k, s, weight in zip(crops, keys, sims, weights, strict=True):
-            loss = loss + weight * info_nce(q, k, s, temperature=hyper["moco_t"], in_batch=True)
-        grads = torch.autograd.grad(loss, list(leaf.values()), retain_graph=True)
+        losses, pulls = zip(*(method.contrast(q, k) for q, k in zip(crops, keys, strict=True)), strict=True)
+        loss = weight * torch.stack(losses).sum()
+        grads = torch.autograd.grad(loss, list(leaf.values()))
         outside = torch.stack([bank.metrics(q, k)["outside"] for q, k in zip(crops, keys, strict=True)])
-        pulls = [bank.pull(q, k, logits=s) for q, k, s in zip(crops, keys, sims, strict=True)]
-        bank.move(*pulls, weights=weights)
+        bank.move(*pulls, weights=[weight] * len(pulls))
         out.append({"loss": loss.detach(), "bank_prob": outside.mean() if mode == "sym" else outside[0]})
         out[-1] |= {"W": bank.W.T.clone(), "v": bank.velocity.T.clone()}
         out[-1] |= {"grad_q": grads[0]} | {f"grad_{name}": grad for name, grad in zip(leaf, grads, strict=True)}
@@ -64,21 +70,17 @@ def adco_bank(inputs):
 
 
 def caco_bank(inputs):
-    hyper, out = inputs["hyper"], []
-    names = {"momentum": "mem_momentum", "lr": "memory_lr", "temperature": "bank_t"}
-    bank = _bank(inputs, **{ours: hyper[theirs] for ours, theirs in names.items()})
+    temperatures, out = {"temperature": "moco_t", "bank_temperature": "bank_t"}, []
+    method = _with_bank(CaCo, inputs, bank_momentum="mem_momentum", bank_lr="memory_lr", **temperatures)
+    bank = method.bank
     for step in inputs["steps"]:
         views = [step[name].clone().requires_grad_() for name in ("q_pred", "k_pred")]
         labels = [bank.nearest(step["k"]), bank.nearest(step["q"])]  # each view's query, the other view's key
-        sims = [q @ bank.directions.T for q in views]
-        loss = 0.0
-        for s, y in zip(sims, labels, strict=True):
-            positive, rest = select(s, y)
-            loss = loss + contrast(positive, log_sum(rest, temperature=hyper["moco_t"]), hyper["moco_t"]).mean()
-        grads = torch.autograd.grad(loss, views, retain_graph=True)
+        losses, pulls = zip(*(method.contrast(q, y) for q, y in zip(views, labels, strict=True)), strict=True)
+        grads = torch.autograd.grad(sum(losses), views)
         positive_prob = bank.metrics(views[0], positives=labels[0])["positive"]
-        bank.move(*(bank.pull(q, positives=y, logits=s) for q, y, s in zip(views, labels, sims, strict=True)))
-        out.append({"loss": loss.detach(), "positive_prob": positive_prob})
+        bank.move(*pulls)
+        out.append({"loss": sum(losses).detach(), "positive_prob": positive_prob})
         out[-1] |= {"labels_1": labels[0], "labels_2": labels[1]}
         out[-1] |= {"W": bank.W.T.clone(), "v": bank.velocity.T.clone()}
         out[-1] |= {"grad_q_pred": grads[0], "grad_k_pred": grads[1]}
@@ -286,3 +288,90 @@ def air(inputs):
     upstream = _graded(total, {"total": total, **parts}, **leaves)
     exact, product = (invariance(*leaves.values(), inputs["temperature"], form) for form in ("exact", "product"))
     return {"upstream": upstream, "exact_by_formula": {"SIR": exact[0], "AIR_renormalised": exact[1], "AIR_not_renormalised": product[1]}}
+
+
+# ADIOS
+
+
+def adios_penalty(inputs):
+    areas = inputs.get("areas", inputs.get("areas_fp32")).requires_grad_()
+    price = area_penalty(areas, margin=0.0)
+    return {"penalty": price, "grad": torch.autograd.grad(price.sum(), areas)[0]}
+
+
+def adios_losses(inputs):
+    z1, z2 = (inputs[name].requires_grad_() for name in ("z1", "z2"))
+    simclr, byol = nt_xent(torch.stack([z1, z2]), inputs["temperature"]), bootstrap_loss(z1, z2.detach()).mean()
+    grads = torch.autograd.grad(simclr, (z1, z2))
+    out = {"simclr_loss": simclr, "simclr_grad_z1": grads[0], "simclr_grad_z2": grads[1]}
+    return out | {"byol_loss": byol, "byol_grad_p": torch.autograd.grad(byol, z1)[0]}
+
+
+def _adios_encoder(weight, bias):
+    "The stand-in, whose mean colour is 0."
+    encoder = Encoder(tanh_layer(weight, bias), len(bias), in_channels=3)
+    encoder.normalise = Normalise([0.0] * 3, [1.0] * 3)
+    return encoder.double()
+
+
+def _adios(inputs, base, **settings):
+    "ADIOS as the official code has it, with the stand-in networks of the file."
+    w = inputs["params"]
+    encoder = _adios_encoder(w["W1"], w["b1"])
+    settings |= {"masks": inputs["N"], "weight": inputs["alpha_sparsity"], "margin": 0.0, "reduction": "sum", "symmetric": False}
+    method = ADIOS(encoder, base, **settings).double()
+    method.projector, method.mask_net = linear(w["Wp"], w["bp"]), tanh_masks(w)
+    method.masker.modules = (method.mask_net,)
+    return method, Views(strong1=inputs["x_orig"], strong2=inputs["x_transformed"])
+
+
+def _adios_turns(method, views, names):
+    "Both turns, nobody having moved: objectives and gradients by the names of the file."
+    (loss, network), (objective, masker) = method.turns(views)
+    mine, theirs = (torch.autograd.grad(value, player.parameters()) for value, player in ((loss, network), (objective, masker)))
+    out = {"inpaint_loss": loss, "inpaint_grads": dict(zip(names, mine, strict=True)), "mask_objective": objective}
+    mask_grads = dict(zip(("Wm1", "bm1", "Wm2", "bm2"), (g.squeeze() for g in theirs), strict=True))
+    return out | {"masks": method.mask_net(views.strong2), "mask_objective_grads": mask_grads}
+
+
+def adios_simclr(inputs):
+    return _adios_turns(*_adios(inputs, "simclr", temperature=inputs["temperature"]), ("W1", "b1", "Wp", "bp"))
+
+
+def adios_s_simclr(inputs):
+    "The official code draws another mask for the second turn; ours plays both turns with one."
+    out = {}
+    for turn, chosen in (("inpaint", inputs["chosen_inpaint"]), ("mask", inputs["chosen_mask"])):
+        method, views = _adios(inputs, "simclr", temperature=inputs["temperature"])
+        method.choose = lambda masks, chosen=chosen: masks[torch.arange(len(masks)), chosen.long()][:, None]
+        both = _adios_turns(method, views, ("W1", "b1", "Wp", "bp"))
+        out |= {name: value for name, value in both.items() if name.startswith(turn)}
+    return out
+
+
+def adios_byol(inputs):
+    method, views = _adios(inputs, "byol")
+    w = inputs["params"]
+    method.predictor = linear(w["Wq"], w["bq"])
+    method.target.module = nn.Sequential(_adios_encoder(w["W1_mom"], w["b1_mom"]), linear(w["Wp_mom"], w["bp_mom"])).requires_grad_(False)
+    return _adios_turns(method, views, ("W1", "b1", "Wp", "bp", "Wq", "bq"))
+
+
+# AdPE
+
+
+def adpe_adversary(inputs):
+    "Six moves of the shift. A decay, which at the official negative rate is a growth, is played at that rate by a player who descends."
+    grows, ball = inputs["weight_decay"] > 0, {1: "l2", 2: "linf"}.get(inputs["norm_type"])
+    shift, after = Shift(2, inputs["limit"], ball or "l2"), []
+    shift.value = nn.Parameter(inputs["token0"].clone())
+    player = Player("shift", (shift,), -1 if grows else 1, project=shift.project if ball else None)
+    how = {"betas": tuple(inputs["betas"].tolist()), "eps": inputs["eps"], "weight_decay": inputs["weight_decay"]}
+    optimizer = torch.optim.AdamW(player.parameters(), inputs["adv_lr"], **how)
+    if grows: optimizer.param_groups[0]["lr"] *= -1
+    game = Method(nn.Identity())
+    game.turns = lambda gradient: [((gradient * shift.value).sum(), player)]
+    for gradient in inputs["grads"]:
+        play(game, gradient, {"shift": optimizer})
+        after.append(shift.value.detach().clone())
+    return {"token_after_each_step": torch.stack(after)}

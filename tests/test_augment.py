@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,6 +29,7 @@ from advssl.augment import (
 
 FULL = replace(RECIPES["simclr"], blur_from=0)
 SHIFTY = replace(FULL, crop=None, pad=4)
+MINI = replace(FULL, crop=(0.05, 0.14), scale=3 / 7)  # a small view beside the full ones
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -61,14 +62,25 @@ def reference(recipe: Recipe, size: int, image: torch.Tensor, p: dict[str, torch
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("side, size", [(28, 28), (32, 32), (40, 24), (24, 64)])
-@pytest.mark.parametrize("name", [*RECIPES, "full", "shifty"])
+@pytest.mark.parametrize("name", [*RECIPES, "full", "shifty", "mini"])
 def test_recipe_equals_torchvision(name, side, size, channels):
-    recipe = {"full": FULL, "shifty": SHIFTY, **RECIPES}[name]
+    recipe = {"full": FULL, "shifty": SHIFTY, "mini": MINI, **RECIPES}[name]
     aug, x = Augment(recipe, size), pictures(24, channels, side)
     p = aug.sample(24, seeded(1), side)
     out = aug.apply(x, p)
     for i in range(24):
-        torch.testing.assert_close(out[i], reference(recipe, size, x[i], take(p, i)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(out[i], reference(recipe, round(recipe.scale * size), x[i], take(p, i)), atol=1e-5, rtol=0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.floats(0.05, 1), st.integers(8, 64), st.integers(20, 40))
+def test_a_scaled_view_is_the_same_view_at_another_size(scale, size, side):
+    "Whole pixels, the same draws, and the same values as a plain recipe at that size."
+    assume(round(scale * size) >= 1)
+    x, recipe = pictures(4, 1, side), RECIPES["mae"]
+    small, plain = Augment(replace(recipe, scale=scale), size), Augment(recipe, round(scale * size))
+    assert torch.equal(small(x, seeded(1)), plain(x, seeded(1))) and small.size == plain.size
+    assert [round(share * size) for size in (224, 28) for share in (6 / 7, 5 / 7, 4 / 7, 3 / 7)] == [192, 160, 128, 96, 24, 20, 16, 12]
 
 
 @settings(deadline=None, max_examples=60)
@@ -236,12 +248,12 @@ def test_autocast_does_not_round_pixels():
 
 def test_apply_never_looks_at_a_value():
     "A fake tensor has no values: reading one, or a shape that depends on one, is an error. So nothing waits for a GPU."
-    for recipe in (*RECIPES.values(), FULL, SHIFTY):
+    for recipe in (*RECIPES.values(), FULL, SHIFTY, MINI):
         aug = Augment(recipe, 24)
         with FakeTensorMode():
             p = sample(recipe, 6, 32)
             x = torch.empty(6, 3, 32, 32, dtype=torch.uint8)
-            assert aug.apply(x, p).shape == (6, 3, 24, 24)
+            assert aug.apply(x, p).shape == (6, 3, aug.size, aug.size)
 
 
 def test_gradient_reaches_a_float_image():
@@ -272,6 +284,9 @@ def test_gpu_equals_cpu_without_synchronising():
         (lambda: Recipe(crop=(0.0, 1.0)), "0 < low <= high <= 1"),
         (lambda: Recipe(crop=(0.2, 1), pad=4), "crop or pad"),
         (lambda: Recipe(flip=1.5), "flip is a probability"),
+        (lambda: Recipe(scale=0.0), "share of the image's side"),
+        (lambda: Recipe(scale=1.1), "share of the image's side"),
+        (lambda: Augment(Recipe(scale=0.01), 28), "at least 1 pixel"),
         (lambda: Augment("weak", 8)(torch.zeros(2, 2, 8, 8)), "1 or 3"),
         (lambda: Augment("weak", 8)(torch.zeros(2, 3, 8, 9)), "squares"),
         (lambda: Augment("weak", 8)(torch.zeros(3, 8, 8)), "add an axis"),

@@ -114,6 +114,11 @@ def test_changed_code_makes_a_row_stale_and_runs_it_again(made):
     assert graves and (graves[0] / "checkpoint.json").exists()  # set aside, not lost
 
 
+@pytest.mark.parametrize("scale", suite.SCALES)
+def test_every_method_has_a_complete_record_at_every_scale(scale):
+    for config in suite.configs(scale): assert config == type(config)(**config.to_json())
+
+
 def test_wrong_words_write_nothing(tmp_path):
     for words in (("table3",), ("--scale", "huge")):
         done = subprocess.run([sys.executable, "-m", "advssl", "reproduce", *words], cwd=tmp_path, capture_output=True, text=True)

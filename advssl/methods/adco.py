@@ -6,9 +6,12 @@
 __all__ = ['AdCo']
 
 # %% ../../nbs/2_contrastive/50_adco.ipynb #72f63a95
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from ..augment import RECIPES
 from ..bank import LearnableBank
 from ..contrast import info_nce, unit
 from ..encoders import EMA, mlp_head
@@ -49,9 +52,15 @@ class AdCo(Method):
         embedding_dim: int = 128,  # length of queries, keys and negatives
         in_batch: bool = True,  # the other keys of the batch are negatives too
         symmetric: bool = False,  # each view is the query once; both losses and both pulls are averaged
+        crops: int = 0,  # smaller views that are queries too, 0 to 4; losses and pulls are summed
         sign: int = 1,  # +1: adversarial negatives, -1: cooperative ones
     ):
         super().__init__(encoder)
+        if not 0 <= crops <= 4: raise ValueError(f"crops must be 0 to 4, got {crops}: a fifth would have 2/7 of the image's side")
+        if crops and symmetric: raise ValueError("use symmetric or crops, not both: all crops are queries of one key")
+        shares = {f"crop{i}": 1 - i / 7 for i in range(1, crops + 1)}  # 192, 160, 128 and 96 of 224 pixels
+        self.crops = {name: replace(RECIPES["moco-v2"], crop=(0.2 * s, s), scale=s) for name, s in shares.items()}
+        self.views = self.views | self.crops
         self.projector = mlp_head(encoder.out_dim, hidden_dim, embedding_dim)
         self.slow = EMA(nn.Sequential(self.encoder, self.projector), momentum)
         self.bank = LearnableBank(embedding_dim, bank_size, bank_temperature, bank_lr, bank_momentum, bank_decay, negative_sign=sign)
@@ -64,11 +73,11 @@ class AdCo(Method):
     def contrast(
         self,
         q: Tensor,  # unit queries of this process, shape (n, embedding_dim)
-        k: Tensor,  # their unit keys, the same shape
+        keys: Tensor,  # unit keys of all processes, shape (processes * n, embedding_dim)
     ) -> tuple[Tensor, Tensor]:  # loss, Eq. (2), and the pull on the bank, Eq. (3)
-        "One direction: queries against keys and bank."
-        keys = gather(k)
+        "One set of queries against keys and bank."
         offset = torch.distributed.get_rank() * len(q) if len(keys) > len(q) else 0
+        k = keys[offset : offset + len(q)]
         similarities = q @ self.bank.directions.T
         if self.in_batch: loss = info_nce(q, keys, similarities, temperature=self.temperature, in_batch=True, offset=offset)
         else: loss = info_nce(q, k, similarities, temperature=self.temperature)
@@ -77,9 +86,12 @@ class AdCo(Method):
 
     def turns(self, views: Views):
         embed = nn.Sequential(self.encoder, self.projector)
-        pairs = [self.contrast(unit(embed(views.strong1)), unit(self.slow(views.strong2)))]
-        if self.symmetric: pairs.append(self.contrast(unit(embed(views.strong2)), unit(self.slow(views.strong1))))
-        losses, pulls = zip(*pairs)
-        yield torch.stack(losses).mean(), self.network
-        self.bank.move(*pulls, weights=[1 / len(pulls)] * len(pulls))  # Eqs. (4) and (5), with the queries from before the step
+        query = lambda name: unit(embed(getattr(views, name)))
+        key = lambda name: gather(unit(self.slow(getattr(views, name))))
+        keys = key("strong2")
+        pairs = [self.contrast(query(name), keys) for name in (*self.crops, "strong1")]
+        if self.symmetric: pairs.append(self.contrast(query("strong2"), key("strong1")))
+        weight, (losses, pulls) = 0.5 if self.symmetric else 1.0, zip(*pairs)
+        yield weight * torch.stack(losses).sum(), self.network
+        self.bank.move(*pulls, weights=[weight] * len(pulls))  # Eqs. (4) and (5), with the queries from before the step
         self.slow.update(embed)
