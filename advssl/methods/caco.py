@@ -84,8 +84,12 @@ class CaCo(Method):
         pulls = [self.bank.pull(q.detach(), positives=y, logits=similarities.detach()) for y in slots]
         return sum(losses) / len(slots), sum(pulls) / len(slots)
 
-    def turns(self, views: Views):
+    def warm_up(self) -> None:
+        "The bank's rate at this moment of the run: linear from 0, then constant."
         if self.bank_warmup: self.bank.lr = self.bank_lr * min(1.0, self.progress / self.bank_warmup)
+
+    def turns(self, views: Views):
+        self.warm_up()
         embed = nn.Sequential(self.encoder, self.projector)
         q1, q2, *small = (unit(embed(getattr(views, name))) for name in ("strong1", "strong2", *self.crops))
         y1, y2 = (self.bank.nearest(unit(self.slow(x))) for x in (views.strong1, views.strong2))  # Eq. (1)

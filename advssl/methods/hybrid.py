@@ -69,7 +69,7 @@ class Hybrid(CaCo):
         return contrast(positive, log_sum(rest, temperature=self.temperature), self.temperature).mean()
 
     def turns(self, views: Views):
-        if self.bank_warmup: self.bank.lr = self.bank_lr * min(1.0, self.progress / self.bank_warmup)
+        self.warm_up()
         embed = nn.Sequential(self.encoder, self.projector)
         first, second = (self.bank.nearest(unit(self.slow(x))) for x in (views.strong1, views.strong2))  # from clean keys
         moved = self.attack(views.strong1, second)
