@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Generator, Tensor, nn
 
+from .processes import own_rows
 from .threat import Ball
 
 # %% ../nbs/1_foundations/20_attack.ipynb #1da0f144
@@ -83,7 +84,8 @@ def _check(steps, step_size, start, sign, pixels, last, keep) -> None:
 def _start(x: Tensor, threat: Ball, start: str | Tensor, generator: Generator | None) -> Tensor:
     "The first perturbation."
     if not isinstance(start, Tensor):
-        return threat.random_start(x, generator) if start == "random" else torch.zeros_like(x)
+        draw = lambda n: threat.random_start(x.new_empty(n, *x.shape[1:]), generator)
+        return own_rows(draw, len(x)) if start == "random" else torch.zeros_like(x)
     if start.shape != x.shape:
         raise ValueError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
     return start.detach().to(x)

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['patchify', 'unpatchify', 'random_masks', 'visible_indices', 'normalise_patches', 'mae_loss', 'grid_coordinates',
-           'sincos_position_embedding', 'fix_position', 'MaskedEncoder', 'MaskedDecoder']
+           'sincos_position_embedding', 'fix_position', 'corner', 'MaskedEncoder', 'MaskedDecoder']
 
 # %% ../nbs/1_foundations/50_masked.ipynb #71648821
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+
+from .processes import own_rows
 
 # %% ../nbs/1_foundations/50_masked.ipynb #84e0b431
 def patchify(
@@ -50,7 +52,8 @@ def random_masks(
     hidden = round(ratio * tokens)
     if not 0 < hidden < tokens:
         raise ValueError(f"ratio {ratio} hides {hidden} of {tokens} tokens: take a ratio from {1 / tokens:.3g} to {1 - 1 / tokens:.3g}")
-    noise = torch.rand(n, tokens, generator=generator, device=device or (generator.device if generator else None))
+    where = device or (generator.device if generator else None)
+    noise = own_rows(lambda rows: torch.rand(rows, tokens, generator=generator, device=where), n)
     order = noise.argsort(dim=1)
     return torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :hidden], True)
 
@@ -129,6 +132,18 @@ def fix_position(
     vit.pos_embed.requires_grad_(False).copy_(torch.cat([prefix, table]))
     return vit
 
+
+def corner(
+    table: Tensor,  # a row for each token of the whole grid, shape (..., tokens, D)
+    whole: tuple[int, int],  # its rows and columns
+    part: tuple[int, int],  # those of a smaller grid
+) -> Tensor:  # shape (..., part tokens, D); the table itself where nothing is cut off
+    "Positions of a smaller grid: Eq. (10) at its own coordinates is the upper left corner of the table."
+    if part == whole: return table
+    (rows, cols), fits = part, part[0] <= whole[0] and part[1] <= whole[1]
+    if not fits: raise ValueError(f"an image of {rows}x{cols} patches has no places in a grid of {whole[0]}x{whole[1]}: make it smaller, or the ViT larger")
+    return table.unflatten(-2, whole)[..., :rows, :cols, :].flatten(-3, -2)
+
 # %% ../nbs/1_foundations/50_masked.ipynb #cf48fa50
 class MaskedEncoder(nn.Module):
     "A timm ViT over visible tokens, Eq. (14), or over all with mask tokens, Eq. (15)."
@@ -142,12 +157,29 @@ class MaskedEncoder(nn.Module):
         if vit.pos_embed is None or vit.dynamic_img_size or not isinstance(vit.patch_drop, nn.Identity):
             raise ValueError("the ViT needs one position table and no patch dropping: build it with pos_embed='learn', dynamic_img_size=False, patch_drop_rate=0")
         self.vit, self.insert = vit, insert
-        self.tokens = vit.patch_embed.num_patches
+        self.tokens = vit.patch_embed.num_patches  # of an image of the ViT's own size
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, vit.embed_dim)) if insert else None
+
+    def grid(
+        self,
+        x: Tensor,  # images, shape (n, C, H, W)
+    ) -> tuple[int, int]:  # rows and columns of their patches
+        "How an image is cut; a crop may have fewer patches than the ViT's own images."
+        (height, width), (down, across) = x.shape[-2:], self.vit.patch_embed.patch_size
+        if height % down or width % across:
+            raise ValueError(f"patches of {down}x{across} pixels do not tile {height}x{width}: crop to a multiple")
+        return height // down, width // across
+
+    def positions(
+        self,
+        grid: tuple[int, int],  # rows and columns of the images' patches
+    ) -> Tensor:  # the ViT's own, shape (1, rows*cols, D)
+        "Positions of the patches, without those of class and register tokens."
+        return corner(self.vit.pos_embed[:, -self.tokens :], self.vit.patch_embed.grid_size, grid)
 
     def forward(
         self,
-        x: Tensor,  # images as the ViT takes them, shape (n, C, H, W)
+        x: Tensor,  # images as the ViT takes them, or smaller, shape (n, C, H, W)
         mask: Tensor | None = None,  # bool, shape (n, tokens), True where hidden; None: hide nothing
         *,
         perturbation: Tensor | None = None,  # added to the patch embeddings, broadcastable to (n, tokens, D)
@@ -157,10 +189,10 @@ class MaskedEncoder(nn.Module):
         "Encoded tokens, class token first; without a mask equal to `vit.forward_features(x)`."
         if masked_position is not None and (mask is None or not self.insert):
             raise ValueError("masked_position moves hidden tokens, and this encoder sees none: pass a mask and build it with insert=True")
-        tokens = self.vit.patch_embed(x)
+        position, patches = self.positions(self.grid(x)), self.vit.patch_embed
+        tokens = patches.norm(patches.proj(x).flatten(2).mT)  # as timm's own, which takes one size
         if mask is not None: _check_mask(mask, tokens)
         if perturbation is not None: tokens = tokens + perturbation
-        position = self.vit.pos_embed[:, -self.tokens :]
         if mask is not None and self.insert:  # Eq. (15)
             tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
             if masked_position is not None: position = torch.where(mask[..., None], masked_position, position)
@@ -191,7 +223,7 @@ class MaskedDecoder(nn.Module):
     ):
         super().__init__()
         if dim % heads: raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
-        self.prefix = vit.num_prefix_tokens
+        self.prefix, self.grid = vit.num_prefix_tokens, vit.patch_embed.grid_size
         self.embed = nn.Linear(vit.embed_dim, dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.register_buffer("position", sincos_position_embedding(grid_coordinates(*vit.patch_embed.grid_size), dim), persistent=False)
@@ -203,12 +235,14 @@ class MaskedDecoder(nn.Module):
         self,
         encoded: Tensor,  # what MaskedEncoder returned, shape (n, prefix + k, D)
         mask: Tensor | None = None,  # bool, shape (n, tokens), True where hidden; needed if tokens are missing
+        grid: tuple[int, int] | None = None,  # rows and columns of a smaller image; None: those of the ViT
     ) -> Tensor:  # predicted patches in the layout of Eq. (1), shape (n, tokens, patch*patch*C)
         "Predict every patch; the loss looks at the hidden ones."
+        position = corner(self.position, self.grid, grid or self.grid)
         prefix, tokens = self.embed(encoded).tensor_split([self.prefix], dim=1)
-        if tokens.shape[1] < len(self.position):
-            if mask is None: raise ValueError(f"{tokens.shape[1]} of {len(self.position)} tokens came: pass the mask that hid the others")
+        if tokens.shape[1] < len(position):
+            if mask is None: raise ValueError(f"{tokens.shape[1]} of {len(position)} tokens came: pass the mask that hid the others")
             places = visible_indices(mask, tokens.shape[1])[..., None].expand_as(tokens)
             tokens = self.mask_token.to(tokens.dtype).expand(*mask.shape, -1).scatter(1, places, tokens)
-        tokens = self.blocks(torch.cat([prefix, tokens + self.position.to(tokens.dtype)], 1))
+        tokens = self.blocks(torch.cat([prefix, tokens + position.to(tokens.dtype)], 1))
         return self.head(self.norm(tokens))[:, self.prefix :]

@@ -59,7 +59,10 @@ class Config:
         if self.epochs < 0: raise ValueError(f"epochs must be >= 0, got {self.epochs}")
         if self.optimizer not in OPTIMIZERS: raise ValueError(f"unknown optimizer {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
         if self.precision not in ("32-true", "bf16-mixed"): raise ValueError(f"precision must be 32-true or bf16-mixed, got {self.precision!r}")
-        # a dict of settings that the method does not know must fail here, before any data is read
+        self.complete()
+
+    def complete(self) -> None:
+        "Fill in the method's settings and the records of its parents. What the method does not know must fail here, before any data is read."
         known = settings(get_method(self.method))
         object.__setattr__(self, "settings", known | check_settings(known, self.settings))
         object.__setattr__(self, "parents", self.complete_parents())
@@ -278,11 +281,10 @@ class Run:
         self.parents = {name: Path((parents or {}).get(name, self.folder / name)) for name in config.parents}
         self.fabric = fabric or Fabric(devices=1, precision=config.precision)
         device = self.fabric.device
-        data = load(config.data, root)
-        pool = data.unlabelled or data.train
+        pool, method = self.materials()
         self.data = pool.to(device) if pool.images.nbytes < ON_DEVICE else pool
         self.channels, self.size = pool.images.shape[1:3]
-        self.method = build(config, self.channels, self.size).to(device)
+        self.method = method.to(device)
         self.method.generator = stream(config.seed, PLAYERS, device=device)
         draw = self.method.augmentation
         augmentations = lambda progress: {name: Augment(draw(name, progress), self.size) for name in self.method.views}
@@ -298,6 +300,16 @@ class Run:
         self.code = training_code(self.method)
         self.step, self.meter = 0, Meter()
         self.resume()
+
+    def materials(self) -> tuple[ImageSet, Method]:
+        "What is trained on, and the untrained method: by default as the record says. Other uses of the loop bring their own."
+        data = load(self.config.data, self.root)
+        pool = data.unlabelled or data.train
+        return pool, build(self.config, *pool.images.shape[1:3])
+
+    def judge(self) -> dict[str, float]:
+        "Called after every epoch: what its line in the log says besides the means. Nothing by default."
+        return {}
 
     def resume(self) -> None:
         "Take up the checkpoint in the folder, if there is one, and cut the log back to it."
@@ -378,7 +390,7 @@ class Run:
                     saved = time.monotonic()
             # the line comes before the checkpoint: a run killed between them cuts the line off and writes it again
             means, pace = self.meter.means(), (time.monotonic() - began) / (self.step - first)
-            self.write_log({"step": self.step, "epoch": epoch + 1, **means, "seconds_per_step": round(pace, 4)})
+            self.write_log({"step": self.step, "epoch": epoch + 1, **means, **self.judge(), "seconds_per_step": round(pace, 4)})
             bar.set_postfix(objective=f"{means.get('objective', float('nan')):.3f}")
             self.check_finite()
             self.meter = Meter()

@@ -20,6 +20,7 @@ from advssl.contrast import (
     unit,
     view_pairs,
 )
+from advssl.diversity import diversity
 from advssl.encoders import Encoder, Normalise
 from advssl.masked import grid_coordinates, sincos_position_embedding
 from advssl.method import Method, Player, Views, play
@@ -31,6 +32,8 @@ from advssl.methods.byol import bootstrap_loss
 from advssl.methods.caco import CaCo
 from advssl.methods.deacl import DeACL
 from advssl.methods.dynacl import air_loss, invariance
+from advssl.methods.jigsaw import force_identity, shuffle
+from advssl.methods.rotation import AdvRotation, rotate
 from advssl.threat import Linf
 from advssl.trades import divergence
 
@@ -102,12 +105,6 @@ def attack_ce_pgd(inputs):
     case = lambda t: F.cross_entropy(net(t), labels), inputs, inputs["x"], inputs["delta0"]
     acl = _iterates(*case, model=net, clip_start=False)
     return {"x_adv_acl": acl, "x_adv_rocl": _iterates(*case, model=net, last="project")}
-
-
-def attack_rotation(inputs):
-    net, labels = TanhEncoder(inputs["encoder"]), inputs["labels"].long()
-    case = lambda t: F.cross_entropy(net(t), labels), inputs, inputs["x_rotated"], inputs["delta0"]
-    return {"x_adv_after_each_step": _iterates(*case, model=net, clip_start=False)}
 
 
 def attack_rocl(inputs):
@@ -230,6 +227,16 @@ def adpe_pos_embed(inputs):
     (grad,) = torch.autograd.grad(shifted, delta, inputs["cotangent"])
     clean = sincos_position_embedding(grid, inputs["dim"])
     return {"pos_embed_shifted": shifted, "pos_embed_clean": clean, "grad_delta": grad}
+
+
+# diversity
+
+
+def ensemble_logdet(inputs):
+    leaves = {name: inputs[name].clone().requires_grad_() for name in ("g1", "g2", "g3")}
+    value = diversity(list(leaves.values())).mean()
+    grads = torch.autograd.grad(value, list(leaves.values()))
+    return {"log_det": value.detach()} | {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
 # trades
@@ -375,3 +382,29 @@ def adpe_adversary(inputs):
         play(game, gradient, {"shift": optimizer})
         after.append(shift.value.detach().clone())
     return {"token_after_each_step": torch.stack(after)}
+
+
+# pretext tasks
+
+
+def rotation(inputs): return {"x_rotated": rotate(inputs["x"], inputs["labels"].long())}
+
+
+def jigsaw(inputs):
+    permutations, labels = (inputs[name].long() for name in ("permutations", "drawn_order"))
+    labels = force_identity(labels, inputs["drawn_uniform"], inputs["bias"])
+    orders = torch.cat([torch.arange(permutations.shape[1])[None], permutations])
+    return {"x_jigsaw": shuffle(inputs["x"], orders[labels]), "labels": labels}
+
+
+def attack_rotation(inputs):
+    net, labels = TanhEncoder(inputs["encoder"]), inputs["labels"].long()
+    net.out_dim = len(net.b2)
+    method = AdvRotation(net).double()
+    method.head = nn.Identity()
+    method.player = Perturbation(Linf(inputs["epsilon"]), inputs["steps"], inputs["alpha"], inputs["delta0"], clip_start=False)
+    objective = lambda t: method.losses(method.logits(t), labels)
+    path = _iterates(objective, inputs, inputs["x_rotated"], inputs["delta0"], model=method, clip_start=False)
+    loss = method.objective(inputs["x_rotated"], labels)
+    loss.backward()
+    return {"x_adv_after_each_step": path, "formula_outer_loss": loss, "formula_outer_grads": net.grads()}

@@ -5,7 +5,6 @@ from dataclasses import fields
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from test_rocl import examples, seeded, seeds, snapshot, written_loss
@@ -444,36 +443,6 @@ def test_in_two_turns_the_masks_see_the_network_behind_its_step():
             method, views = make(dtype=torch.float32)
             with context: seen.append(play(method, views, optimizers(method, network=rate)))
         assert seen[0][0] == seen[1][0] and abs(seen[0][1] - seen[1][1]) > 1e-3
-
-
-# several processes
-
-
-def slice_of_a_step(rank, world, folder):
-    "One process's averaged gradients of both players, on its share of the batch."
-    if world > 1:
-        torch.set_num_threads(1)
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    method, views = make(batch_norm=False, simultaneous=True)
-    mine = slice(rank * 6 // world, (rank + 1) * 6 // world)
-    value, movers = next(method.turns(Views(strong1=views.strong1[mine], strong2=views.strong2[mine])))
-    grads = torch.autograd.grad(value, [p for m in movers for p in m.parameters()])
-    if world > 1:
-        value = value.detach()
-        for t in (value, *grads):
-            torch.distributed.all_reduce(t)
-            t /= world
-        torch.distributed.destroy_process_group()
-    torch.save((value.detach(), grads), f"{folder}/{world}-{rank}.pt")
-
-
-def test_two_processes_are_one(tmp_path):
-    slice_of_a_step(0, 1, tmp_path)
-    mp.start_processes(slice_of_a_step, (2, str(tmp_path)), nprocs=2, start_method="spawn")
-    whole, first, second = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
-    for part in (first, second):
-        assert torch.allclose(part[0], whole[0], rtol=1e-10)
-        assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-12) for a, b in zip(part[1], whole[1], strict=True))
 
 
 # settings, card, recipes

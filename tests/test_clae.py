@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity_models import TanhEncoder
@@ -345,37 +344,6 @@ def test_the_method_itself_finds_the_official_perturbation(case):
     x_adv = method.attack(x)
     assert torch.allclose(x_adv, array(expected["x_adv"]), rtol=0, atol=1e-12)
     for name, moved in (("loss_before", x), ("loss_after", x_adv)): assert abs(method.loss(f(x), f(moved)).item() - expected[name]) < 1e-12
-
-
-# several processes
-
-
-def slice_of_a_step(rank, world, folder):
-    "One process's attack and averaged gradients, on its share of the batch."
-    if world > 1:
-        torch.set_num_threads(1)
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    method, x1, x2 = make(batch_norm=False, **HOW)
-    mine = slice(rank * 6 // world, (rank + 1) * 6 // world)
-    x_adv = method.attack(x1[mine])
-    value, _ = turn(method, x1[mine], x2[mine])
-    grads = torch.autograd.grad(value, list(method.parameters()))
-    if world > 1:
-        for g in grads:
-            torch.distributed.all_reduce(g)
-            g /= world
-        torch.distributed.destroy_process_group()
-    torch.save((x_adv, value.detach(), grads), f"{folder}/{world}-{rank}.pt")
-
-
-def test_two_processes_are_one(tmp_path):
-    slice_of_a_step(0, 1, tmp_path)
-    mp.start_processes(slice_of_a_step, (2, str(tmp_path)), nprocs=2, start_method="spawn")
-    whole, first, second = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
-    assert torch.allclose(torch.cat([first[0], second[0]]), whole[0], atol=1e-12)
-    for part in (first, second):
-        assert torch.allclose(part[1], whole[1], rtol=1e-10)
-        assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-12) for a, b in zip(part[2], whole[2], strict=True))
 
 
 # settings, card, recipes

@@ -410,7 +410,7 @@ def test_evaluate_end_to_end(data):
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     keys = [k for k in result if "." in k]
     robust = [f"linear.pgd{n}.{ball}" for n in (3, 5) for ball in ("linf-0.01", "l2-0.2")]
-    assert keys == ["knn.clean", "linear.clean", *robust]
+    assert keys == ["knn.clean", "linear.clean", *robust, "linear-10%.clean", "linear-1%.clean"]  # few labels: not attacked
     record = result["linear.pgd5.l2-0.2"]
     expected = {"total": 60, "steps": 5, "eps": 0.2, "norm": "l2", "attack": "pgd5", "protocol": "linear", "step_size": 0.1}
     assert {k: record[k] for k in expected} == expected and record["correct"] <= record["clean_correct"] <= 60

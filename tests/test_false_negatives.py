@@ -4,7 +4,6 @@ from dataclasses import fields
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rocl import make as make_any
@@ -356,42 +355,6 @@ def test_passes(cls):
         units[detect] = passes.units(6)
     base = 2 * 3 + 1 + 9 if cls is ARoCL else 4 * 3 + 12
     assert units == {"similarity": base + 1, "oracle": base, "none": base}
-
-
-# several processes
-
-
-def slice_of_a_step(rank, world, folder):
-    "One process's averaged gradients on its share of the batch; evaluation mode, because BatchNorm's statistics are each process's own."
-    if world > 1:
-        torch.set_num_threads(1)
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    out = {}
-    for cls in (ARoCL, AACL):
-        for detect in ("similarity", "oracle"):
-            method, views = make(cls, share=SHARE, detect=detect, **HOW)
-            mine = slice(rank * 6 // world, (rank + 1) * 6 // world)
-            share = Views(**{k: v[mine] for k, v in vars(views).items()})
-            value, _ = turn(method.eval(), share)
-            grads = torch.autograd.grad(value, list(method.parameters()), allow_unused=True)
-            for g in grads:
-                if world > 1 and g is not None:
-                    torch.distributed.all_reduce(g)
-                    g /= world
-            out[cls.__name__, detect] = value.detach(), grads, method.logs["recall"]
-    if world > 1: torch.distributed.destroy_process_group()
-    torch.save(out, f"{folder}/{world}-{rank}.pt")
-
-
-def test_two_processes_are_one(tmp_path):
-    slice_of_a_step(0, 1, tmp_path)
-    mp.start_processes(slice_of_a_step, (2, str(tmp_path)), nprocs=2, start_method="spawn")
-    whole, *parts = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
-    for key, (value, grads, recall) in whole.items():
-        for part in parts:
-            assert torch.allclose(part[key][0], value, rtol=1e-9) and part[key][2] == recall, key
-            for a, b in zip(part[key][1], grads, strict=True):
-                assert (a is b is None) or torch.allclose(a, b, rtol=1e-7, atol=1e-11), key
 
 
 # settings, cards, recipes

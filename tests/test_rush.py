@@ -17,7 +17,7 @@ from advssl import features
 from advssl.checkpoint import load as load_checkpoint
 from advssl.data import Splits
 from advssl.evaluate import protocol, robust, smoothing
-from advssl.evaluate.protocol import EOT_DRAWS, evaluate
+from advssl.evaluate.protocol import EOT_DRAWS, STANDARD, evaluate
 from advssl.evaluate.robust import VOTES, clean_mask, decide, random_starts, robust_accuracy, robust_mask
 from advssl.evaluate.smoothing import ABSTAIN, certified, certify, lower_bound, noisy_counts, predict, radius
 from advssl.features import PURPOSES, Noisy, extract, is_stochastic, named_noise, to_unit
@@ -317,7 +317,7 @@ def test_evaluate_reports_both(data):
     before, state = fingerprint(noisy), torch.get_rng_state()
     result = call(noisy)
     robust_keys = [k for k in result if k.count(".") > 1]
-    assert [k for k in result if k.endswith(".clean")] == ["knn.clean", "linear.clean"] and result["stochastic"]
+    assert [k for k in result if k.endswith(".clean")] == [f"{name}.clean" for name in STANDARD] and result["stochastic"]
     assert sorted({k.split(".")[1] for k in robust_keys}) == ["eot2", "pgd2"] and len(robust_keys) == 4
     assert {(k.split(".")[1], result[k]["draws"]) for k in robust_keys} == {("eot2", EOT_DRAWS), ("pgd2", 1)}
     assert {result[k]["votes"] for k in [*robust_keys, "linear.clean"]} == {VOTES}

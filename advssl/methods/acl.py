@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..attack import Perturbation, frozen
 from ..contrast import nt_xent, unit
 from ..encoders import add_branches, branch, mlp_head
-from ..method import Card, Method, Views, gather, register
+from ..method import Card, Method, Views, register
+from ..processes import gather
 from ..threat import make_threat
 
 # %% ../../nbs/2_contrastive/24_acl.ipynb #252f039c
@@ -36,7 +37,7 @@ class ACL(Method):
     )
     views = {"strong1": "simclr", "strong2": "simclr"}
     recipes = {
-        "demo": {"epochs": 1, "batch_size": 64},  # as many steps as RoCL there, on half as many images: they cost more
+        "demo": {"epochs": 1, "batch_size": 64},  # as many steps as RoCL there
         "cifar10": {  # defaults of train_simCLR.py and the command in the README
             "batch_size": 512, "epochs": 1000, "optimizer": "lars", "lr": 5.0, "warmup_epochs": 10.0,
             "weight_decay": 1e-6, "decay_all": True,  # also of biases and BatchNorm

@@ -15,7 +15,8 @@ from ..augment import RECIPES
 from ..bank import LearnableBank
 from ..contrast import info_nce, unit
 from ..encoders import EMA, mlp_head
-from ..method import Card, Method, Views, gather, register
+from ..method import Card, Method, Views, register
+from ..processes import gather
 
 # %% ../../nbs/2_contrastive/50_adco.ipynb #8b27dbc6
 @register

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..attack import frozen
 from ..contrast import nt_xent
 from ..encoders import EMA, cosine_momentum, mlp_head
-from ..method import Card, Method, Player, Views, gather, register
+from ..method import Card, Method, Player, Views, register
+from ..processes import gather, own_rows
 from .byol import bootstrap_loss, spread
 
 # %% ../../nbs/3_masked/40_adios.ipynb #1f1f158f
@@ -170,7 +171,7 @@ class ADIOS(Method):
     ) -> Tensor:  # the same, or one random mask per image, shape (n, 1, height, width)
         "The masks of this step, Eq. (13)."
         if not self.single: return masks
-        index = torch.randint(masks.shape[1], (len(masks),), generator=self.generator, device=masks.device)
+        index = own_rows(lambda n: torch.randint(masks.shape[1], (n,), generator=self.generator, device=masks.device), len(masks))
         return masks[torch.arange(len(masks), device=masks.device), index][:, None]
 
     def price(

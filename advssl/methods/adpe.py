@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attack import pgd
-from ..masked import MaskedEncoder, grid_coordinates, mae_loss, patchify, random_masks, sincos_position_embedding
+from ..masked import corner, grid_coordinates, sincos_position_embedding
 from ..method import Card, Player, Views, register
 from .mae import MAE
+from .mae_plus import MAEPlus
 from ..threat import make_threat
 
 # %% ../../nbs/3_masked/30_adpe.ipynb #27f6883b
@@ -64,7 +65,7 @@ class RelativeBlocks(nn.Module):
         rows, cols = vit.patch_embed.grid_size
         self.blocks, self.prefix = vit.blocks, vit.num_prefix_tokens
         self.table = nn.Parameter(0.02 * torch.randn(vit.blocks[0].attn.num_heads, 2 * rows - 1, 2 * cols - 1))
-        grid = grid_coordinates(rows, cols).long()
+        self.grid, grid = (rows, cols), grid_coordinates(rows, cols).long()
         x, y = (grid[:, None] - grid[None] + torch.tensor([cols - 1, rows - 1])).unbind(-1)
         self.register_buffer("index", y * (2 * cols - 1) + x, persistent=False)  # of query i and key j
         self.player = None
@@ -81,23 +82,35 @@ class RelativeBlocks(nn.Module):
         try: yield
         finally: self.player = None
 
+    def pairs(
+        self,
+        tokens: int | None,  # of an image; None: of a whole one
+    ) -> Tensor:  # int64, shape (tokens, tokens)
+        "Entry of the table for each query and key; fewer tokens than the whole grid has are those of a square crop."
+        if tokens in (None, len(self.index)): return self.index
+        part = (math.isqrt(tokens),) * 2
+        if part[0] ** 2 != tokens: raise ValueError(f"{tokens} tokens are no square: relative positions take square crops")
+        return corner(corner(self.index, self.grid, part).mT, self.grid, part).mT
+
     def bias(
         self,
         shift: Tensor | None = None,  # delta, shape (2,) or (n, 2); None: none
+        tokens: int | None = None,  # of a smaller image; None: of a whole one
     ) -> Tensor:  # shape (heads, tokens, tokens), or with n before it
         "Bias of each head, query and key."
         table = self.table
         if shift is not None:
             across, down = (interpolation(shift[..., i], table.shape[-1 - i]) for i in (0, 1))
             table = down.unsqueeze(-3) @ table @ across.unsqueeze(-3).mT
-        return table.flatten(-2)[..., self.index]
+        return table.flatten(-2)[..., self.pairs(tokens)]
 
     def forward(self, x: Tensor) -> Tensor:
         pad = partial(F.pad, pad=(self.prefix, 0, self.prefix, 0))  # class tokens have no place: bias 0
-        bias = pad(self.bias()[None])
+        tokens = x.shape[1] - self.prefix
+        bias = pad(self.bias(tokens=tokens)[None])
         if self.player:
             mask, shift, everywhere = self.player
-            if everywhere is None: other = pad(self.bias(shift))
+            if everywhere is None: other = pad(self.bias(shift, tokens))
             else:
                 other = bias + shift[..., None, None]
                 if not everywhere: other = torch.cat([bias.expand_as(other)[..., : self.prefix], other[..., self.prefix :]], -1)
@@ -107,7 +120,7 @@ class RelativeBlocks(nn.Module):
 
 # %% ../../nbs/3_masked/30_adpe.ipynb #aa3b2251
 @register
-class AdPE(MAE):
+class AdPE(MAEPlus):
     "AdPE on MAE+: hidden patches are reconstructed from shifted positions, Eqs. (1) and (2). Wang et al. 2023."
 
     card = Card(
@@ -137,18 +150,19 @@ class AdPE(MAE):
         memory: bool = True,  # True: one delta for the whole run; False: a fresh one for each image and step
         searches: int = 3,  # PGD steps of each search without memory
         upstream: bool = False,  # embedding mode as in the official code: delta in the place of the mask token, or for all keys
+        crops: int = 1,  # K >= 1, crops of each image; 4 in the paper
+        crop_scale: float = 1.0,  # kappa in (0, 1], side of a crop as a share of the image's; 0.5 in the paper
+        area: float = 0.2,  # smallest share of the image's area that a crop shows, in (0, 1]; 0.08 in the official code
         mask_ratio: float = 0.75,  # r in (0, 1), share of patches that is hidden
         decoder_dim: int = 64,  # width of the decoder; 512 in the paper, for ViT-B
         decoder_depth: int = 1,  # its blocks; 8 in the paper
         normalise: bool = True,  # per-patch normalised target; False: pixels
     ):
-        super().__init__(encoder, mask_ratio, decoder_dim, decoder_depth, normalise)
+        super().__init__(encoder, crops, crop_scale, area, mask_ratio, decoder_dim, decoder_depth, normalise)
         for name, value, known in (("position", position, ("absolute", "relative")), ("mode", mode, ("coordinate", "embedding"))):
             if value not in known: raise ValueError(f"{name} must be one of {known}, got {value!r}")
         if sign not in (1, -1): raise ValueError(f"sign must be +1 (adversary) or -1 (cooperator), got {sign!r}")
         vit = encoder.backbone
-        self.masked = MaskedEncoder(vit, insert=True)
-        self.decoder.mask_token.requires_grad_(False)  # no token is missing when the decoder starts
         self.register_buffer("grid", grid_coordinates(*vit.patch_embed.grid_size), persistent=False)
         size = vit.embed_dim if position == "absolute" else vit.blocks[0].attn.num_heads
         if position == "relative": vit.blocks = RelativeBlocks(vit)
@@ -179,15 +193,14 @@ class AdPE(MAE):
         shift: Tensor | None = None,  # delta, or one for each image, shape (n, ...); None: MAE+
     ) -> Tensor:  # predicted patches, shape (n, tokens, patch * patch * channels)
         "Decoder behind the encoder of all tokens, hidden ones at shifted positions."
-        x = self.encoder.normalise(x)
-        if shift is None: return self.decoder(self.masked(x, mask))
+        grid, vit = self.masked.grid(x), self.masked.vit
+        predict = lambda place=None: self.decoder(self.masked(self.encoder.normalise(x), mask, masked_position=place), grid=grid)
+        if shift is None: return predict()
         if self.position == "relative":
-            with self.encoder.backbone.blocks.moved(mask, shift, self.upstream if self.mode == "embedding" else None):
-                return self.decoder(self.masked(x, mask))
+            with vit.blocks.moved(mask, shift, self.upstream if self.mode == "embedding" else None): return predict()
         shift = shift.unsqueeze(-2)  # one for all tokens
-        if self.mode == "embedding": place = self.masked.vit.pos_embed[:, -self.masked.tokens :] + shift
-        else: place = sincos_position_embedding(self.grid + shift, self.masked.vit.embed_dim)
-        return self.decoder(self.masked(x, mask, masked_position=place))
+        if self.mode == "embedding": return predict(self.masked.positions(grid) + shift)
+        return predict(sincos_position_embedding(corner(self.grid, vit.patch_embed.grid_size, grid) + shift, vit.embed_dim))
 
     def search(
         self,
@@ -200,10 +213,9 @@ class AdPE(MAE):
         return pgd(loss, start, self.shift.threat, model=(self.masked, self.decoder), **how)
 
     def turns(self, views: Views):
-        x = views.weak
-        mask = random_masks(len(x), self.masked.tokens, self.mask_ratio, self.generator, x.device)
-        target = patchify(self.encoder.normalise(x), self.masked.vit.patch_embed.patch_size[0])
-        loss = lambda shift: mae_loss(self.reconstruct(x, mask, shift), target, mask, self.normalise)
+        x = self.crops_of(views)
+        mask = self.hide(x)
+        loss = lambda shift: self.error(self.reconstruct(x, mask, shift), x, mask)
         shift = None  # nobody can move in a ball of radius 0
         if self.radius:
             shift = self.shift.value if self.memory else self.search(loss, len(x))

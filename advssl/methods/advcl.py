@@ -16,7 +16,8 @@ from ..attack import Perturbation, frozen
 from ..clusters import pseudo_labels
 from ..contrast import supcon, unit
 from ..encoders import add_branches, branch, mlp_head
-from ..method import Card, Method, Views, gather, register
+from ..method import Card, Method, Views, register
+from ..processes import gather
 from ..threat import make_threat
 
 # %% ../../nbs/2_contrastive/26_advcl.ipynb #4bfdc1a9

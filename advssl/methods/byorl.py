@@ -29,7 +29,7 @@ class BYORL(BYOL):
     )
     recipes = BYOL.recipes | {
         # three steps instead of the scale's five, as two views are attacked: the cost is then that of RoCL; small batches for more moves
-        "demo": BYOL.recipes["demo"] | {"epochs": 2, "batch_size": 64, "lr": 4e-3, "warmup_epochs": 0.5, "momentum": 0.98, "steps": 3},
+        "demo": BYOL.recipes["demo"] | {"epochs": 1, "batch_size": 64, "lr": 4e-3, "warmup_epochs": 0.2, "momentum": 0.97},
         "cifar10": {  # the submission's, but for its encoder (a wide pre-activation ResNet-34) and its adaptive step size
             "optimizer": "lars", "lr": 2.0, "batch_size": 512, "epochs": 1000, "weight_decay": 5e-4, "warmup_epochs": 0.0, "steps": 40,
         },

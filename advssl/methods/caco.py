@@ -14,7 +14,8 @@ from ..augment import RECIPES
 from ..bank import LearnableBank
 from ..contrast import log_sum, logits, unit
 from ..encoders import EMA, cosine_momentum, mlp_head
-from ..method import Card, Method, Views, gather, register
+from ..method import Card, Method, Views, register
+from ..processes import gather
 
 # %% ../../nbs/2_contrastive/55_caco.ipynb #6e963303
 MOCO = RECIPES["moco-v2"]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..attack import fgsm, frozen
 from ..contrast import nt_xent, unit
 from ..encoders import add_branches, branch, mlp_head
-from ..method import Card, Method, Views, gather, register
+from ..method import Card, Method, Views, register
+from ..processes import gather
 from ..threat import make_threat
 
 # %% ../../nbs/2_contrastive/22_clae.ipynb #a4cafc89
@@ -29,7 +30,6 @@ class CLAE(Method):
         source="https://github.com/chihhuiho/CLAE",
     )
     recipes = {
-        "demo": {"epochs": 3},
         "cifar10": {  # defaults of SimCLR/main.py and the command in the README
             "batch_size": 256, "epochs": 100, "optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.0, "warmup_epochs": 0.0,
             "eps": 0.015,  # 0.03 in pixels normalised by mean = std = 0.5

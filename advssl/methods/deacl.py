@@ -28,7 +28,7 @@ class DeACL(Method):
     parents = {"teacher": "simclr"}
     views = {"weak": "weak"}
     recipes = {
-        "demo": {"epochs": 3, "batch_size": 64, "steps": 3},  # a shorter search and small batches leave time for more updates
+        "demo": {"epochs": 2, "batch_size": 64},  # small batches leave time for more updates
         "cifar10": {  # official settings
             "batch_size": 256, "epochs": 100, "optimizer": "sgd", "lr": 0.5, "weight_decay": 5e-4, "warmup_epochs": 10.0,
             "eps": 8 / 255, "steps": 5, "step_size": 2 / 255,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..augment import RECIPES, Recipe
 from ..contrast import nt_xent, unit
 from ..encoders import branch
-from ..method import Card, Views, gather, register
+from ..method import Card, Views, register
+from ..processes import gather
 from .acl import ACL
 
 # %% ../../nbs/2_contrastive/32_dynacl.ipynb #ba347e5d

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..attack import frozen
 from ..contrast import nt_xent, unit
-from ..method import Card, Views, gather, register
+from ..method import Card, Views, register
+from ..processes import gather
 from .acl import ACL
 from .rocl import RoCL
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..contrast import contrast, hard_log_sum, unit, view_pairs
-from ..method import Card, Views, gather, register
+from ..method import Card, Views, register
+from ..processes import gather
 from .simclr import SimCLR
 
 # %% ../../nbs/2_contrastive/66_hcl.ipynb #67b15996

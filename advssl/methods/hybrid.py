@@ -24,7 +24,7 @@ class Hybrid(CaCo):
         "Hybrid", "this project, after a direction proposed by Qi and Shah 2022", "nbs/6_frontiers/10_hybrid.ipynb",
         type="memory-based", base="CL", level="input", combined="no", sign=+1, adversary="attacked query, cooperating slot",
     )
-    recipes = CaCo.recipes | {"demo": CaCo.recipes["demo"] | {"epochs": 2, "batch_size": 128}}
+    recipes = CaCo.recipes | {"demo": CaCo.recipes["demo"] | {"epochs": 1, "batch_size": 64}}
 
     def __init__(
         self,

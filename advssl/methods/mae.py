@@ -25,7 +25,7 @@ class MAE(Method):
     recipes = {
         "*": {"optimizer": "adamw", "weight_decay": 0.05},
         "smoke": {"batch_size": 64},
-        "demo": {"batch_size": 64, "lr": 1e-3, "epochs": 4},
+        "demo": {"batch_size": 64, "lr": 1e-3, "epochs": 3},
         "laptop": {"batch_size": 64, "lr": 1e-3},
         # no published recipe for CIFAR-10; the rate is the paper's 1.5e-4 for 256 images, scaled to the batch
         "cifar10": {"batch_size": 512, "lr": 3e-4, "warmup_epochs": 40.0, "decoder_dim": 128, "decoder_depth": 4},
@@ -38,12 +38,14 @@ class MAE(Method):
         decoder_dim: int = 64,  # width of the decoder; 512 in the paper, for ViT-B
         decoder_depth: int = 1,  # its blocks; 8 in the paper
         normalise: bool = True,  # per-patch normalised target; False: pixels
+        insert: bool = False,  # True: the encoder sees mask tokens in hidden places, as in MAE+
     ):
         super().__init__(encoder)
         if not hasattr(encoder.backbone, "patch_embed"):
             raise ValueError("MAE masks patches and needs a vision transformer: choose encoder=vit_demo or another of its kind")
-        self.masked = MaskedEncoder(fix_position(encoder.backbone))
-        self.decoder = MaskedDecoder(encoder.backbone, decoder_dim, decoder_depth)
+        decoder = MaskedDecoder(encoder.backbone, decoder_dim, decoder_depth)
+        if insert: decoder.mask_token.requires_grad_(False)  # no token is missing when the decoder starts
+        self.masked, self.decoder = MaskedEncoder(fix_position(encoder.backbone), insert), decoder
         self.mask_ratio, self.normalise = mask_ratio, normalise
 
     def reconstruct(
@@ -52,11 +54,28 @@ class MAE(Method):
         mask: Tensor,  # bool, shape (n, tokens), True where hidden
     ) -> Tensor:  # predicted patches, shape (n, tokens, patch * patch * channels)
         "Decoder behind the masked encoder."
-        visible = self.masked.tokens - round(self.mask_ratio * self.masked.tokens)
-        return self.decoder(self.masked(self.encoder.normalise(x), mask, visible=visible), mask)
+        tokens = mask.shape[1]
+        encoded = self.masked(self.encoder.normalise(x), mask, visible=tokens - round(self.mask_ratio * tokens))
+        return self.decoder(encoded, mask, self.masked.grid(x))
+
+    def error(
+        self,
+        prediction: Tensor,  # patches as `reconstruct` gives them, shape (n, tokens, patch * patch * channels)
+        x: Tensor,  # images in [0, 1]: the targets
+        mask: Tensor,  # bool, shape (n, tokens), True where hidden
+    ) -> Tensor:  # scalar
+        "Squared error over hidden patches, Eq. (1)."
+        return mae_loss(prediction, patchify(self.encoder.normalise(x), self.masked.vit.patch_embed.patch_size[0]), mask, self.normalise)
+
+    def hide(
+        self,
+        x: Tensor,  # images, of the ViT's size or smaller
+    ) -> Tensor:  # bool, shape (n, tokens), True where hidden
+        "Masks by chance, one for each image."
+        rows, cols = self.masked.grid(x)
+        return random_masks(len(x), rows * cols, self.mask_ratio, self.generator, x.device)
 
     def turns(self, views: Views):
         x = views.weak
-        mask = random_masks(len(x), self.masked.tokens, self.mask_ratio, self.generator, x.device)
-        target = patchify(self.encoder.normalise(x), self.encoder.backbone.patch_embed.patch_size[0])
-        yield mae_loss(self.reconstruct(x, mask), target, mask, self.normalise), self.network
+        mask = self.hide(x)
+        yield self.error(self.reconstruct(x, mask), x, mask), self.network

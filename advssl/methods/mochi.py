@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..contrast import mix_pairs, mix_query
 from ..method import Card, register
 from .moco import MoCo
+from ..processes import own_rows
 
 # %% ../../nbs/2_contrastive/62_mochi.ipynb #6b987d5c
 def hardest(
@@ -73,7 +74,8 @@ class MoCHi(MoCo):
         count: Tensor,  # candidates of each query, int64, shape (n, 1)
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # ranks i, j and share of i, shape (n, s); rank and share of the query, shape (n, s')
         "Who is mixed with whom, in what shares, Eq. (2): ranks among a query's candidates, i and j never the same."
-        rand = lambda size: torch.rand(len(count), size, generator=self.generator, dtype=self.queue.store.dtype, device=count.device)
+        like = {"generator": self.generator, "dtype": self.queue.store.dtype, "device": count.device}
+        rand = lambda size: own_rows(lambda n: torch.rand(n, size, **like), len(count))
         below = count.clamp_min(1)
         i = (rand(self.pairs) * below).long()
         j = (i + 1 + (rand(self.pairs) * (below - 1)).long()) % below

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..bank import Queue
 from ..contrast import info_nce, unit
 from ..encoders import EMA, mlp_head, split_batch_norm
-from ..method import Card, Method, Views, gather, register
+from ..method import Card, Method, Views, register
+from ..processes import gather, own_rows
 
 # %% ../../nbs/2_contrastive/40_moco.ipynb #61fe02f3
 @register
@@ -54,7 +55,7 @@ class MoCo(Method):
         x: Tensor,  # images in [0, 1], shape (n, channels, height, width)
     ) -> Tensor:  # unit keys, shape (n, embedding_dim), without gradient
         "Keys, made in another order than the queries, so that no share of a batch holds a query and its key."
-        order = torch.randperm(len(x), generator=self.generator, device=x.device)
+        order = own_rows(lambda n: torch.rand(n, generator=self.generator, device=x.device), len(x)).argsort()
         return unit(self.slow(x[order]))[order.argsort()]
 
     def push(

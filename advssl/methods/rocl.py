@@ -14,7 +14,8 @@ from torch import Generator, Tensor, nn
 from ..attack import Perturbation, frozen
 from ..contrast import nt_xent, unit
 from ..encoders import mlp_head
-from ..method import Card, Method, Views, gather, register
+from ..method import Card, Method, Views, register
+from ..processes import gather
 from ..threat import make_threat
 
 # %% ../../nbs/2_contrastive/20_rocl.ipynb #15ffa3f2
@@ -30,7 +31,7 @@ class RoCL(Method):
     )
     views = {"strong1": "simclr", "strong2": "simclr"}
     recipes = {
-        "demo": {"epochs": 2, "batch_size": 128},
+        "demo": {"epochs": 1, "batch_size": 64},  # many small steps: an attacked one costs several plain ones
         "cifar10": {  # defaults of src/argument.py and the command in the README
             "batch_size": 512, "epochs": 1000,  # 256 on each of two GPUs
             "optimizer": "lars", "lr": 1.5, "warmup_epochs": 10.0,  # 0.1, raised by the factor 15 in ten epochs

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..contrast import nt_xent
 from ..encoders import mlp_head
-from ..method import Card, Method, Views, gather, register
+from ..method import Card, Method, Views, register
+from ..processes import gather
 
 # %% ../../nbs/2_contrastive/10_simclr.ipynb #c627c9e0
 @register
