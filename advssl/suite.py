@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'FLAT', 'NOTEBOOKS', 'TARGETS', 'SNAKEFILE', 'Scale', 'get_scale', 'resolve', 'run_key', 'job_name',
-           'run_folder', 'parent_folders', 'evaluate_run', 'Target', 'configs', 'variant_configs', 'with_parents',
-           'scale_rows', 'plan', 'difference', 'set_aside', 'only_one', 'reproduce']
+           'run_folder', 'parent_folders', 'evaluate_run', 'Target', 'configs', 'variant_configs', 'target_configs',
+           'with_parents', 'scale_rows', 'plan', 'difference', 'set_aside', 'only_one', 'reproduce']
 
 # %% ../nbs/5_evaluation/80_suite.ipynb #b53721ec
 import fcntl
@@ -173,6 +173,7 @@ class Target:
     name: str  # of the target and its notebook
     what: str  # one line for the command line
     runs: bool = True  # needs the scale's runs: every method and the untrained encoders
+    base: str = ""  # of these, only methods of this base, such as "MIM"
     variants: dict[str, tuple[str, dict]] = field(default_factory=dict)  # runs of its own: label to method and overrides
     asked: bool = False  # made only when it is asked for by name
 
@@ -192,7 +193,7 @@ TARGETS = {
             "without any attack": ("advcl", {"eps": 0.0}),
             "SimCLR, the base": ("simclr", {}),
         }),
-        Target("masked", "masked image modelling on one transformer, beside what was published"),
+        Target("masked", "masked image modelling, beside what was published", base="MIM"),
     )
 }
 
@@ -218,6 +219,17 @@ def variant_configs(
 ) -> dict[str, list[Config]]:  # label: a run for every seed
     "The runs that a target has for itself."
     return {label: [resolve(method, scale, seed, how) for seed in get_scale(scale).seeds] for label, (method, how) in target.variants.items()}
+
+
+def target_configs(
+    target: Target,
+    scale: str,  # name of the scale
+    only: Sequence[str] = (),  # keys of methods; empty means all
+) -> list[Config]:
+    "All runs that a target reads: those of the scale, and its own."
+    concerned = [key for key in only or methods() if not target.base or target.base in get_method(key).card.base.split(", ")]
+    shared = configs(scale, concerned) if target.runs and concerned else []
+    return shared + [config for group in variant_configs(target, scale).values() for config in group]
 
 
 def with_parents(
@@ -251,7 +263,7 @@ def plan(
     unknown = [t for t in targets if t not in TARGETS]
     if unknown: raise ValueError(f"unknown target {unknown[0]!r}: choose among {', '.join(TARGETS)}")
     wanted = [TARGETS[t] for t in targets] or [t for t in TARGETS.values() if not t.asked]
-    own = {t.name: with_parents([c for group in variant_configs(t, scale).values() for c in group] + (configs(scale, only) if t.runs else [])) for t in wanted}
+    own = {t.name: with_parents(target_configs(t, scale, only)) for t in wanted}
     needed = {job_name(c): c for group in own.values() for c in group}
     judge = {k: v for k, v in asdict(get_scale(scale)).items() if k in ("norm", "eps", "attack_steps", "test_images", "robust_images")}
     jobs = {

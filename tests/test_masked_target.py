@@ -10,7 +10,7 @@ from advssl.evaluate.statistics import Accuracy
 from advssl.method import get_method, methods
 
 pytest.importorskip("papermill")
-FAMILY = [k for k in methods() if "MIM" in get_method(k).card.base and get_method(k).backbone == "vit"]
+FAMILY = [k for k in methods() if "MIM" in get_method(k).card.base]
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +34,25 @@ def lines(folder):
 
 def test_masked_target_is_known():
     assert "masked" in suite.TARGETS and suite.TARGETS["masked"].runs
-    assert {"mae", "simmim", "adpe", "unified"} <= set(FAMILY) and "adios" not in FAMILY
+    assert {"mae", "simmim", "adpe", "adios", "advmim", "unified"} <= set(FAMILY) and "simclr" not in FAMILY
+    plan = suite.plan(["masked"], "smoke", "runs", "figures")
+    assert {job.split("/")[0] for job in plan["jobs"]} == {"untrained", *FAMILY}
 
 
-def test_masked_table_has_the_family_and_the_untrained_transformer(made):
+def test_masked_table_has_the_family_and_the_untrained_encoders(made):
     folder, _ = made
-    names = [row["Method"] for row in lines(folder)]
-    assert names == ["Untrained", *[get_method(k).card.name for k in FAMILY]] and len({row["Encoder"] for row in lines(folder)}) == 1
+    names, judge = [row["Method"] for row in lines(folder)], suite.get_scale("smoke")
+    assert names == ["Untrained", "Untrained", *[get_method(k).card.name for k in FAMILY]]
+    encoders = {row["Method"]: row["Encoder"] for row in lines(folder)}
+    assert all(encoders[get_method(k).card.name] == getattr(judge, get_method(k).backbone) for k in FAMILY)
     text = (folder / "masked.md").read_text()
     for name in names: assert f"| {name} |" in text
-    assert "Screening" in text and "| SimCLR |" not in text and "| ADIOS |" not in text
+    assert "Screening" in text and "| SimCLR |" not in text
 
 
 def test_masked_numbers_are_those_of_the_rows(made):
     folder, values = made
-    for row, key in zip(lines(folder), ["untrained", *FAMILY], strict=True):
+    for row, key in zip(lines(folder), ["untrained", "untrained", *FAMILY], strict=True):
         found = values[key, row["Encoder"]]
         for column, name in (("kNN, %", "knn.clean"), ("Linear, %", "linear.clean")):
             a = Accuracy.from_json(found[name])
