@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'job', 'Scale', 'Runs', 'parse_override', 'list_methods', 'pretrain', 'evaluate', 'export', 'reproduce',
-           'job_run', 'job_target', 'main']
+           'job_run', 'job_cell', 'job_target', 'main']
 
 # %% ../nbs/5_evaluation/90_cli.ipynb #9e8e6ff4
 import ast
@@ -97,7 +97,7 @@ def export(
 # %% ../nbs/5_evaluation/90_cli.ipynb #446b07b7
 @app.command()
 def reproduce(
-    target: Annotated[list[str] | None, typer.Argument(help="Names of targets; default: all but the ablation.")] = None,
+    target: Annotated[list[str] | None, typer.Argument(help="Names of targets; default: all but ablation, pretrain_by_finetune and ensemble.")] = None,
     scale: Scale = "demo",
     method: Annotated[list[str] | None, typer.Option("--method", help="Repeatable; default: all. Tables show the rows that are there.")] = None,
     cores: Annotated[int, typer.Option(help="Jobs at a time; 0: as many as there are cores.")] = 0,
@@ -122,6 +122,14 @@ def job_run(plan: Path, name: str) -> None:
     from advssl.notebooks import run_job
 
     run_job(json.loads(plan.read_text()), name)
+
+
+@job.command("cell")
+def job_cell(plan: Path, name: str) -> None:
+    "Make one cell of a plan."
+    from advssl.notebooks import cell_job
+
+    cell_job(json.loads(plan.read_text()), name)
 
 
 @job.command("target")

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from advssl import notebooks, store, suite
-from advssl.method import methods
-from advssl.pretrain import restore
+from advssl.method import get_method, methods
+from advssl.pretrain import build, restore
 
 pytest.importorskip("papermill")
 pytest.importorskip("snakemake")
@@ -121,6 +121,12 @@ def test_changed_code_makes_a_row_stale_and_runs_it_again(made):
 @pytest.mark.parametrize("scale", suite.SCALES)
 def test_every_method_has_a_complete_record_at_every_scale(scale):
     for config in suite.configs(scale): assert config == type(config)(**config.to_json())
+
+
+@pytest.mark.parametrize("target", suite.TARGETS)
+def test_the_runs_of_a_target_can_be_built(target):
+    for label, group in suite.variant_configs(suite.TARGETS[target], "smoke").items():
+        for config in group: assert isinstance(build(config, 1, 28), get_method(config.method)), label
 
 
 def test_wrong_words_write_nothing(tmp_path):

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Task:
     seed: int = 0
     batch_size: int = 250
     tuning: str = "demo"  # scale whose recipes of fine-tuning are taken
+    folder: Path | None = None  # where fine-tunings keep their checkpoints, each in a folder of its own; None: nowhere
 
     @cached_property
     def train_features(self) -> Tensor: return extract(self.encoder, self.data.train.images, self.batch_size, seed=self.seed)
@@ -110,9 +112,10 @@ def finetune_protocol(
     mode: str,  # "slf", "alf", "sff" or "aff"
 ) -> Outcome:
     "Fine-tune with the labels of the training images, the head or all weights, on clean or on attacked images."
-    tuned = finetune(task.encoder, task.data.train, mode, threat=next(iter(task.threats), None), tuning=task.tuning, seed=task.seed)
+    ball, folder = next(iter(task.threats), None), task.folder and task.folder / mode
+    tuned = finetune(task.encoder, task.data.train, mode, threat=ball, tuning=task.tuning, seed=task.seed, folder=folder)
     test, settings = task.data.test, {"seed": task.seed, "batch_size": task.batch_size}
-    return Outcome(clean_mask(tuned.classifier, test.images, test.labels, **settings), tuned.settings, tuned.classifier)
+    return Outcome(clean_mask(tuned.classifier, test.images, test.labels, **settings), tuned.settings | {"history": tuned.history}, tuned.classifier)
 
 
 PROTOCOLS |= {mode: partial(finetune_protocol, mode=mode) for mode in MODES}
@@ -188,6 +191,7 @@ def evaluate(
     device: torch.device | str | None = None,  # default: where the encoder is; elsewhere a copy is evaluated
     batch_size: int = 250,  # bounds memory
     tuning: str = "demo",  # scale whose recipes of fine-tuning are taken, see `advssl.evaluate.finetune.TUNINGS`
+    folder: Path | str | None = None,  # where fine-tunings keep their checkpoints and take them up again; None: nowhere
 ) -> dict[str, Any]:  # flat and JSON-able
     "Turn an encoder into classifiers, attack them, and report every accuracy with its interval and settings."
     threats = (threat,) if isinstance(threat, Ball) else tuple(threat)
@@ -198,7 +202,8 @@ def evaluate(
     for part in (data.train, data.test):
         if part.labels.min() < 0: raise ValueError(f"{part.name} has no labels: evaluate on the labelled part of the data")
     if device is not None and device_of(encoder) != torch.device(device): encoder = copy.deepcopy(encoder).to(device)
-    task, some = Task(encoder, data, threats, seed, batch_size, tuning), robust_sample(len(data.test), robust_images)
+    task = Task(encoder, data, threats, seed, batch_size, tuning, Path(folder) if folder else None)
+    some = robust_sample(len(data.test), robust_images)
     images, labels = data.test.images[some], data.test.labels[some]
     out = {
         "data": data.test.name, "data_sha256": {"train": data.train.sha256, "test": data.test.sha256}, "seed": seed,
