@@ -42,6 +42,8 @@ class Scale:
 
     name: str
     purpose: str  # one line for the command line
+    like: str = ""  # another scale, whose recipes the methods use here where they have none of their own
+    longer: int = 1  # how many times the epochs of those recipes
     data: str = "fashion"  # data set
     images: int = 0  # training images; 0 means all
     convnet: str = "small_convnet"  # encoder of methods on convolutional networks
@@ -73,7 +75,8 @@ SCALES = {
         Scale("smoke", "seconds: does everything run?", images=512, epochs=1, batch_size=128, warmup_epochs=0.5, train_steps=2,
               attack_steps=5, test_images=200, robust_images=50, tuning="smoke"),
         Scale("demo", "minutes on two cores, embedded data, one seed: screening", epochs=2, train_steps=3, eps=(0.05,), robust_images=500),
-        Scale("laptop", "hours on two cores, embedded data, three seeds", epochs=40, train_steps=7, robust_images=2000, seeds=(0, 1, 2), tuning="laptop"),
+        Scale("laptop", "hours on two cores, embedded data, three seeds: the committed results", like="demo", longer=2, epochs=4, train_steps=3,
+              seeds=(0, 1, 2), tuning="laptop"),
         Scale("cifar10", "one GPU, ResNet-18, the published recipes; nobody has run it here yet", data="cifar10", convnet="resnet18", vit="vit_tiny",
               epochs=1000, batch_size=512, optimizer="lars", lr=0.6, weight_decay=1e-6, warmup_epochs=10.0, precision="bf16-mixed", threads=0,
               train_eps=8 / 255, train_steps=5, eps=(8 / 255, 16 / 255), robust_images=10_000, seeds=(0, 1, 2), tuning="cifar10", grid="chen2020"),
@@ -105,7 +108,9 @@ def resolve(
     shared = {f.name: getattr(scale, f.name) for f in fields(Config) if hasattr(scale, f.name)}
     shared["encoder"] = getattr(scale, cls.backbone)
     threat = {"norm": scale.norm, "eps": scale.train_eps, "steps": scale.train_steps}
-    recipe = cls.recipes.get("*", {}) | cls.recipes.get(scale.name, {}) | (overrides or {})
+    taken = cls.recipes.get(scale.like, {})
+    if "epochs" in taken: taken = taken | {"epochs": taken["epochs"] * scale.longer}
+    recipe = cls.recipes.get("*", {}) | taken | cls.recipes.get(scale.name, {}) | (overrides or {})
     run = {"method": cls.card.name.lower(), "seed": seed} | {f.name: f.default for f in fields(Config) if f.name in FLAT} | shared
     known = {k: v for k, v in run.items() if k in FLAT} | own
     wanted = {k: v for k, v in threat.items() if k in own} | check_settings(known, recipe)

@@ -34,7 +34,6 @@ class AdCo(Method):
         # a bank of 65,536 would outnumber 10,000 images, and a demo run has some 400 steps: the average must be quicker
         "smoke": {"bank_size": 256, "momentum": 0.9, "hidden_dim": 512},
         "demo": {"bank_size": 4096, "bank_temperature": 0.05, "temperature": 0.2, "momentum": 0.99, "hidden_dim": 512},
-        "laptop": {"bank_size": 4096, "bank_temperature": 0.05, "temperature": 0.2, "momentum": 0.99, "hidden_dim": 512},
         # no published recipe for CIFAR-10: the official one is ImageNet's (learning rate 0.03 at batch 256, decay 1e-4)
         "cifar10": {"bank_size": 8192, "momentum": 0.99, "optimizer": "sgd", "lr": 0.06, "weight_decay": 1e-4, "warmup_epochs": 0.0},
     }

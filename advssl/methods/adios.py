@@ -111,7 +111,6 @@ class ADIOS(Method):
         "smoke": {"masks": 3, "hidden_dim": 256},
         # some 150 steps: three masks, a quick mask network with a low price, and one backward pass instead of two turns
         "demo": {"masks": 3, "weight": 0.1, "mask_lr": 1e-2, "simultaneous": True, "epochs": 2, "batch_size": 128},
-        "laptop": {"masks": 3, "weight": 0.1, "mask_lr": 1e-2, "batch_size": 128},
         # no published recipe for CIFAR-10: masks, batch size and price are in the range of the official scripts, rates are not
         "cifar10": {"masks": 6, "mask_levels": 3, "mask_width": 32, "batch_size": 128, "optimizer": "sgd", "lr": 0.06, "weight_decay": 1e-4},
     }

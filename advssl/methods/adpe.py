@@ -133,7 +133,6 @@ class AdPE(MAEPlus):
     recipes = MAE.recipes | {
         # a demo run has 312 steps, in which the official rate, that of the network, would hardly move the shift
         "demo": {"batch_size": 64, "lr": 1e-3, "epochs": 2, "shift_lr": 0.03},
-        "laptop": {"batch_size": 64, "lr": 1e-3, "shift_lr": 0.03},
         # no published recipe for CIFAR-10; both rates are the official 1.5e-4 for 256 images, scaled to the batch
         "cifar10": MAE.recipes["cifar10"] | {"shift_lr": 3e-4, "warmup_epochs": 40},
     }

@@ -52,7 +52,6 @@ class AdvCL(Method):
         "demo": {  # a step costs twice RoCL's: one epoch, in small batches so that there are as many steps
             "epochs": 1, "batch_size": 64, "warmup_epochs": 0.2, "clusters": "2 10 50 100",
         },
-        "laptop": {"clusters": "2 10 50 100"},
         "cifar10": {  # defaults of pretraining_advCL.py and the command in the README
             "batch_size": 512, "epochs": 1000, "optimizer": "sgd", "lr": 0.5, "warmup_epochs": 10.0,
             "weight_decay": 1e-4, "decay_all": True,  # also of biases and BatchNorm

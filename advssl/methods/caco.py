@@ -37,7 +37,6 @@ class CaCo(Method):
         # a few hundred steps at most: the average must be quicker, and 65,536 slots would outnumber the images
         "smoke": {"bank_size": 256, "momentum": 0.9, "hidden_dim": 256, "embedding_dim": 64},
         "demo": {"epochs": 2, "batch_size": 128, "bank_size": 2048, "momentum": 0.9, "hidden_dim": 512, "embedding_dim": 128},
-        "laptop": {"bank_size": 4096, "hidden_dim": 512, "embedding_dim": 128},
         # no published recipe for CIFAR-10: this is ImageNet's (LARS, 0.3 per 256 images, 10 epochs of warm-up), a smaller bank
         "cifar10": {"bank_size": 8192, "bank_warmup": 0.01, "weight_decay": 1.5e-6},
     }

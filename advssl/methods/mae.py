@@ -26,7 +26,6 @@ class MAE(Method):
         "*": {"optimizer": "adamw", "weight_decay": 0.05},
         "smoke": {"batch_size": 64},
         "demo": {"batch_size": 64, "lr": 1e-3, "epochs": 3},
-        "laptop": {"batch_size": 64, "lr": 1e-3},
         # no published recipe for CIFAR-10; the rate is the paper's 1.5e-4 for 256 images, scaled to the batch
         "cifar10": {"batch_size": 512, "lr": 3e-4, "warmup_epochs": 40.0, "decoder_dim": 128, "decoder_depth": 4},
     }

@@ -27,7 +27,6 @@ class MAEPlus(MAE):
     recipes = MAE.recipes | {
         # half the side of the demo's 4 x 4 patches would be 2 x 2 with one visible; crops of 3 x 3 show two of nine
         "demo": {"batch_size": 64, "lr": 1e-3, "epochs": 1, "crops": 2, "crop_scale": 0.75},
-        "laptop": {"batch_size": 64, "lr": 1e-3, "crops": 2, "crop_scale": 0.75},
     }
 
     def __init__(

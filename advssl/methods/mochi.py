@@ -40,7 +40,6 @@ class MoCHi(MoCo):
     recipes = {  # MoCo's, with N a sixteenth of the queue
         "smoke": MoCo.recipes["smoke"] | {"candidates": 32, "pairs": 16, "query_mixes": 8},
         "demo": MoCo.recipes["demo"] | {"candidates": 256, "pairs": 128, "query_mixes": 32},
-        "laptop": MoCo.recipes["laptop"] | {"candidates": 256, "pairs": 128, "query_mixes": 32},
         "cifar10": MoCo.recipes["cifar10"] | {"candidates": 256, "pairs": 256, "query_mixes": 64},
     }
 

@@ -26,7 +26,6 @@ class MoCo(Method):
         # few steps: the average must be quicker and the queue shorter, Eq. (4)
         "smoke": {"queue_size": 256, "momentum": 0.9, "shares": 2},
         "demo": {"queue_size": 4096, "momentum": 0.99, "shares": 2},
-        "laptop": {"queue_size": 4096, "momentum": 0.99, "shares": 4},
         # no published recipe for CIFAR-10: the official one is ImageNet's (learning rate 0.03 at batch 256, decay 1e-4)
         "cifar10": {"queue_size": 4096, "momentum": 0.99, "hidden_dim": 2048, "shares": 8, "optimizer": "sgd", "lr": 0.06, "weight_decay": 1e-4, "warmup_epochs": 0.0},
     }

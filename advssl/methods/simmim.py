@@ -44,7 +44,6 @@ class SimMIM(Method):
         "smoke": {"batch_size": 64, "block": 1},
         # one of the demo's 4 x 4 patches is a quarter of the image wide; the paper's squares are a seventh
         "demo": {"batch_size": 64, "lr": 2e-3, "epochs": 2, "block": 1},
-        "laptop": {"batch_size": 64, "lr": 1e-3, "block": 1},
         # no published recipe for CIFAR-10; the rate is the official 1e-4 for 512 images
         "cifar10": {"batch_size": 512, "lr": 1e-4, "warmup_epochs": 10},
     }

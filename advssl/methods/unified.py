@@ -31,7 +31,6 @@ class Unified(ACL):
         "*": {"optimizer": "adamw", "weight_decay": 0.05},
         "smoke": {"batch_size": 64},
         "demo": {"batch_size": 64, "lr": 1e-3, "images": 3200, "epochs": 1, "steps": 2},
-        "laptop": {"batch_size": 64, "lr": 1e-3},
         # nobody has published a recipe: sizes and rate are those of MAE there
         "cifar10": {"batch_size": 512, "lr": 3e-4, "warmup_epochs": 40.0, "decoder_dim": 128, "decoder_depth": 4},
     }
