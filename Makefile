@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help venv reproduce test lint notebooks docs outputs clean
+.PHONY: help venv reproduce bench test lint notebooks docs outputs faults clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,6 +18,9 @@ venv: .venv/ready  ## .venv with everything in it
 
 reproduce: venv  ## train, evaluate and draw the demo suite into figures/demo/
 	$(BIN)/advssl reproduce --scale demo
+
+bench: venv  ## single parts beside the plain forms that they replace, into figures/bench/
+	$(BIN)/python tools/bench.py
 
 test: venv lint notebooks  ## all that CI runs: exports, notebooks, lint, docs, tests
 	$(BIN)/python docs/build.py
@@ -35,6 +38,9 @@ docs: venv  ## the site, in _site/
 
 outputs: venv  ## run every notebook and store its outputs
 	$(BIN)/python tools/run_notebooks.py --store
+
+faults: venv  ## kill the suite at twenty random moments; minutes
+	$(BIN)/pytest -m faults tests/test_faults.py
 
 clean:  ## remove what was built, but no runs and no figures
 	rm -rf _md _site _proc build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -18,7 +18,8 @@ from .evaluate.finetune import epochs_to, finetune
 from .evaluate.statistics import Accuracy
 from .pretrain import restore
 from .store import CELLS, CONTRADICTED, NO_DATA, SUPPORTED, UNDECIDED, rows, together, write_result
-from .suite import Target, cell_configs, evaluate_run, grid_scale, labelled, run_folder
+from .suite import evaluate_run, grid_scale, labelled, run_folder
+from .targets import Target, cell_configs
 from .threat import make_threat
 
 # %% ../nbs/5_evaluation/82_grid.ipynb #4f0dc06a

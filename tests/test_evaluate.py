@@ -467,7 +467,7 @@ def test_new_protocols_and_attacks_are_one_line(data, monkeypatch):
     def everything(task): return Outcome(torch.ones(120).bool(), {"x": 1}, nn.Sequential(task.encoder, nn.Linear(12, 3)))
 
     def nothing_survives(classifier, images, labels, threat, *, budget, seed, index, clean, **_):
-        assert seed == 5 and torch.equal(index, robust_sample(120, 10)) and clean.shape == (10,)
+        assert seed == 5 and set(index.tolist()) <= set(robust_sample(120, 10).tolist()) and clean.all()  # those that are right when clean
         assert torch.equal(images, data.test.images[index]) and torch.equal(labels, data.test.labels[index])
         return torch.zeros(len(images)).bool(), {"queries": budget}
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from advssl import notebooks, store, suite
+from advssl import notebooks, reproduce, store, suite, targets
 from advssl.method import get_method, methods
 from advssl.pretrain import build, restore
 
@@ -46,7 +47,7 @@ def made(tmp_path_factory):
 
 def test_every_target_is_made_from_real_runs(made):
     root, _ = made
-    for target in (name for name, t in suite.TARGETS.items() if not t.asked):
+    for target in (name for name, t in targets.TARGETS.items() if not t.asked):
         sidecar = json.loads((root / f"figures/smoke/{target}.provenance.json").read_text())
         assert sidecar["files"] and sidecar["provenance"]["packages"]["torch"]
         for name, digest in sidecar["files"].items(): assert store.sha256(root / "figures/smoke" / name) == digest
@@ -64,7 +65,7 @@ def test_every_target_is_made_from_real_runs(made):
 def test_children_stand_on_the_runs_beside_them(made):
     """A parent is a job of the plan, trained once, and its child's checkpoint holds the same weights."""
     root, _ = made
-    plan = suite.plan([], "smoke", root / "runs", root / "figures", FEW)
+    plan = reproduce.plan([], "smoke", root / "runs", root / "figures", FEW)
     for job, wish in plan["jobs"].items():
         assert set(wish["parents"]) <= set(plan["jobs"])
         if not wish["parents"]: continue
@@ -91,6 +92,20 @@ def test_a_second_call_does_nothing(made):
     assert not changed
 
 
+def test_tables_and_figures_are_redrawn_from_the_store_alone(made, tmp_path):
+    root, _ = made
+    first = root / "figures/smoke"
+    (tmp_path / "smoke").mkdir()
+    shutil.copy(first / store.STORE, tmp_path / "smoke")
+    words = [sys.executable, "-m", "advssl", "reproduce", "--from-store", "--scale", "smoke", "--figures", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for path in first.iterdir():
+        if not path.name.endswith(".provenance.json"): assert path.read_bytes() == (tmp_path / "smoke" / path.name).read_bytes(), path.name
+    done = subprocess.run([*words[:-1], str(tmp_path / "elsewhere")], capture_output=True, text=True)
+    assert done.returncode == 2 and "there is no store of rows" in done.stderr and not (tmp_path / "elsewhere").exists()
+
+
 def test_evaluating_a_run_again_gives_its_row_and_changes_nothing(made):
     root, _ = made
     row = next(r for r in store.rows(root / "runs", "smoke") if r["method"] == "simclr")
@@ -110,9 +125,10 @@ def test_changed_code_makes_a_row_stale_and_runs_it_again(made):
     path.write_text(path.read_text().replace(json.loads(path.read_text())["code"], "0" * 12))
     row = next(r for r in store.rows(root / "runs", "smoke") if r["method"] == "simclr")
     assert row["stale"]
-    plan = suite.plan([], "smoke", root / "runs", root / "figures", FEW)
-    suite.set_aside(path.parent, "simclr")
-    notebooks.run_job(plan, f"simclr/{path.parent.name}")
+    plan = reproduce.plan([], "smoke", root / "runs", root / "figures", FEW)
+    reproduce.set_aside(path.parent, "simclr")
+    (root / "again.json").write_text(json.dumps(plan))
+    subprocess.run([sys.executable, "-m", "advssl", "job", "run", str(root / "again.json"), f"simclr/{path.parent.name}"], check=True)
     assert json.loads(path.read_text())["code"] == store.result_code("simclr")
     graves = list(path.parent.parent.glob(".stale-*"))
     assert graves and (graves[0] / "checkpoint.json").exists()  # set aside, not lost
@@ -120,12 +136,12 @@ def test_changed_code_makes_a_row_stale_and_runs_it_again(made):
 
 @pytest.mark.parametrize("scale", suite.SCALES)
 def test_every_method_has_a_complete_record_at_every_scale(scale):
-    for config in suite.configs(scale): assert config == type(config)(**config.to_json())
+    for config in targets.configs(scale): assert config == type(config)(**config.to_json())
 
 
-@pytest.mark.parametrize("target", suite.TARGETS)
+@pytest.mark.parametrize("target", targets.TARGETS)
 def test_the_runs_of_a_target_can_be_built(target):
-    for label, group in suite.variant_configs(suite.TARGETS[target], "smoke").items():
+    for label, group in targets.variant_configs(targets.TARGETS[target], "smoke").items():
         for config in group: assert isinstance(build(config, 1, 28), get_method(config.method)), label
 
 
@@ -137,5 +153,5 @@ def test_wrong_words_write_nothing(tmp_path):
 
 def test_an_unknown_parameter_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no parameter 'scael': choose among scale"):
-        notebooks.execute(suite.NOTEBOOKS / "taxonomy.ipynb", tmp_path / "out.ipynb", {"scael": "demo"})
+        notebooks.execute(reproduce.NOTEBOOKS / "taxonomy.ipynb", tmp_path / "out.ipynb", {"scael": "demo"})
     assert not list(tmp_path.iterdir())
