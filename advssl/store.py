@@ -152,7 +152,7 @@ def write_store(
         if any(part.startswith(".") for part in file.parts): continue
         row = _read(source)
         if "code" in row: row |= {"stale": row["code"] != result_code(row["method"])}
-        lines.append(json.dumps({"file": file.as_posix(), "row": row}, sort_keys=True) + "\n")
+        lines.append(json.dumps({"file": file.as_posix(), "row": row}) + "\n")
     write_atomic(path, "".join(lines))
 
 
