@@ -205,21 +205,6 @@ def test_whatever_an_answer_depends_on_is_in_its_name(data, tmp_path):
     for k in others: assert (computed(**k), computed(**k)) == (1, 0), k
 
 
-def test_batch_by_batch_is_the_attack_called_once(data, tmp_path):
-    "Every answer goes to its own image, and images that are wrong when clean stay wrong."
-    net, x, y, index = nn.Sequential(make_net(), nn.Linear(12, 4)), data.test.images, data.test.labels, torch.arange(40)
-
-    def odd(classifier, images, labels, threat, *, index, clean, **settings): return clean & (index * 7 % 3 > 0), settings
-
-    clean, how = index % 5 > 0, {"index": index, "batch_size": 9, "budget": 2}
-    for folder in (None, tmp_path):
-        units = Units(folder)
-        right, settings = Keeper(net, units).attack("odd", odd, net, x, y, Linf(0.1), clean=clean, **how)
-        assert torch.equal(right, clean & (index * 7 % 3 > 0)) and settings == {"batch_size": 9, "budget": 2} and units.computed == 4
-    right, settings = Keeper(net, Units()).attack("odd", odd, net, x, y, Linf(0.1), clean=clean & False, **how)
-    assert not right.any() and settings == {"batch_size": 9, "budget": 2}
-
-
 def test_a_changed_library_or_changed_code_is_another_question(data, monkeypatch, tmp_path):
     whole(data, tmp_path, attacks=("apgd-ce2",))
     log = counted(monkeypatch)
