@@ -74,6 +74,7 @@ class Method(nn.Module):
     views: ClassVar[dict[str, str | Recipe]] = {"strong1": "simclr", "strong2": "simclr"}  # name of a view: augmentation recipe
     backbone: ClassVar[str] = "convnet"  # "convnet" or "vit": which of the scale's encoders it trains
     recipes: ClassVar[dict[str, dict]] = {}  # scale: departures from the scale's defaults
+    published: ClassVar[dict[str, dict[str, dict]]] = {}  # scale: source: departures that it states, such as {"cifar10": {"README": {"lr": 1.5}}}
     parents: ClassVar[dict[str, str]] = {}  # argument of the constructor: method whose finished encoder it receives
 
     def __init__(
