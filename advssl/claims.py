@@ -39,7 +39,7 @@ def ensemble_rows(
     scale: str,  # its name
     side: Side,
 ) -> list[dict]:  # a row for each seed; empty if the target was not made from the cells that are there
-    "What the target of ensembles keeps, as rows."
+    "What the target of ensembles keeps, as rows; `cells` are the rows of its members."
     file = "targets/ensemble.json"
     if is_store(runs): record = dict(read_store(runs)).get(file)
     else: record = json.loads(path.read_text()) if (path := Path(runs, scale, file)).exists() else None
@@ -50,7 +50,7 @@ def ensemble_rows(
         rest = [cells.get((m, *seed)) for m in side.members]
         if attacked != name or judged != name or not all(rest) or any(row["checkpoint"] != made_from.get((row["method"], *seed)) for row in rest): continue
         key = key_of(side, "robust", scale)
-        out.append({"seed": seed[0], "stale": any(row["stale"] for row in rest), "folder": rest[0]["folder"], "evaluation": {key: answers, "data_sha256": rest[0]["evaluation"].get("data_sha256", {})}})
+        out.append({"seed": seed[0], "stale": any(row["stale"] for row in rest), "cells": rest, "evaluation": {key: answers, "data_sha256": rest[0]["evaluation"].get("data_sha256", {})}})
     return out
 
 

@@ -140,7 +140,7 @@ def name_points(
     points_size: float = 6.5,  # size of the type
     rounds: int = 8,  # sweeps over all names
 ) -> None:
-    "Put names near their points: in turn each takes the cheapest of some eighty places, given where the others are."
+    "Put names near their points: in turn each takes the cheapest of some hundred places, given where the others are."
     import numpy as np
     from matplotlib.patheffects import withStroke
 
@@ -150,7 +150,7 @@ def name_points(
     texts = {i: ax.text(*points[i], name, color=colour, fontsize=points_size, ha="center", va="center", zorder=2.5, path_effects=[withStroke(linewidth=1.4, foreground="white")]) for i, (name, colour) in names.items()}
     sizes = {i: np.array([(e := t.get_window_extent()).width, e.height]) / 2 for i, t in texts.items()}
     angles = np.linspace(0, 2 * np.pi, 16, endpoint=False) + np.pi / 8
-    rings = [(d * pt, a) for d in (3.5, 6.0, 10.0, 16.0, 24.0, 34.0) for a in angles]
+    rings = [(d * pt, a) for d in (3.5, 6.0, 10.0, 16.0, 24.0, 34.0, 46.0) for a in angles]
     reach, turn = np.array(rings).T
     spots = {i: at[i] + np.stack([np.cos(turn) * (reach + half[0]), np.sin(turn) * (reach + half[1])], 1) for i, half in sizes.items()}
     steps = np.linspace(0.15, 1, 10)[:, None, None]
@@ -167,7 +167,7 @@ def name_points(
             if j == i or np.hypot(*(place - at[i])) < 1: continue
             total = total + 8 * (np.abs(lead - place) < 2.2 * pt).all(2).any(0) * (reach > 5 * pt)
             far = lambda point: np.hypot(*np.maximum(np.abs(centre - point) - half, 0).T)
-            total = total + 9 * (far(place) < far(at[i]) + 2 * pt)  # a reader would take it for the other's name
+            total = total + 16 * (far(place) < far(at[i]) + 2 * pt)  # a reader would take it for the other's name
         for j, now in chosen.items():
             if j == i: continue
             total = total + 100 * (np.abs(centre - now) < half + sizes[j] + 0.8 * pt).all(1)

@@ -55,7 +55,6 @@ class Claim:
     source: str  # paper, and where it says so
     parts: tuple[Comparison, ...]
     rule: str = "all"  # "any": one part that holds is enough
-    extra: bool = False  # needs runs that no other target needs
     note: str = ""  # what a reader has to know
 
     @property
@@ -89,13 +88,13 @@ CLAIMS = (
           _each(("adv-selfie/alf", "adv-selfie/alf", "adv-rotation/alf"), ("adv-rotation/alf", "adv-jigsaw/alf", "adv-jigsaw/alf"), how="differs", bound=0.02), "any"),
     Claim("ensemble", "Classifiers from different pretext tasks are more robust together than the best of them.", f"{CHEN}, abstract: 3.59 points", _each((TOGETHER,) * 3, _adv("aff")),
           note="Read from what the target of ensembles keeps."),
-    Claim("tasks-together", "Pretraining on all three tasks at once makes adversarial fine-tuning more robust than any single task.", f"{CHEN}, Figure 1", _each(("multi-task/aff",) * 3, _adv("aff")), extra=True),
+    Claim("tasks-together", "Pretraining on all three tasks at once makes adversarial fine-tuning more robust than any single task.", f"{CHEN}, Figure 1", _each(("multi-task/aff",) * 3, _adv("aff"))),
     Claim("pretext-not-linear", "Features of adversarial pretext tasks are not linearly robust: a head trained on clean images loses much against one trained on attacked images.",
           f"{CHEN}, main table, F1 and F2", _each(_adv("alf"), _adv("slf"), bound=LARGE)),
     Claim("encoder-not-head", "Robustness comes from the encoder, not from the head.", "BYORL, main table", _each(("byorl/slf",), "byol/alf"), note="The encoder's main effect minus the head's."),
     Claim("plain-head", "On a robust encoder the head need not be adversarially trained.", "BYORL, abstract", _each(("byorl/slf",), "byorl/alf", bound=KEEPS)),
     Claim("head-alone", "An adversarially trained head brings no robustness to a standard encoder.", "BYORL, main table", _each(("byol/slf",), "byol/alf", bound=BRINGS_NOTHING)),
-    Claim("dual-batchnorm", "Without a second BatchNorm for attacked images, clean accuracy falls.", "ACL, the dual stream of the official code", _each(("acl",), Side("acl", overrides=(("dual", False),)), "clean"), extra=True),
+    Claim("dual-batchnorm", "Without a second BatchNorm for attacked images, clean accuracy falls.", "ACL, the dual stream of the official code", _each(("acl",), Side("acl", overrides=(("dual", False),)), "clean")),
     Claim("dynamic", "Weakening augmentations during training makes contrastive pretraining more robust.", "DynACL, abstract: 8.84 points of AutoAttack", _each(("dynacl",), "acl")),
     Claim("decoupled", "Distilling robustness from a standard encoder is more robust than pretraining with an adversary from scratch.", "DeACL, README", _each(("deacl",), "acl")),
     Claim("false-negatives", "Leaving false negatives out makes adversarial contrastive pretraining more robust.", "Gupta et al. 2023, abstract: about 5 points", _each(("arocl", "aacl"), ("rocl", "acl"))),
@@ -114,7 +113,7 @@ CLAIMS = (
     Claim("noise-beats", "A standard encoder with noise is more robust than adversarially pretrained ones.", "RUSH, abstract: over 15 points, first-order attacks", _each(("rush",) * 3, ("acl", "dynacl", "deacl"), "eot", other="robust"),
           note="Judged by the attack that averages over the noise, which the paper did not use."),
     Claim("advcl-parts", "High-frequency views, attacked views and pseudo-labels each make AdvCL more robust.", "AdvCL",
-          _each(("advcl",) * 3, (Side("advcl", overrides=(("high_view", False),)), Side("advcl", overrides=(("attacked_view", False), ("evaluated_branch", "pseudo"))), Side("advcl", overrides=(("weight", 0.0),)))), extra=True),
+          _each(("advcl",) * 3, (Side("advcl", overrides=(("high_view", False),)), Side("advcl", overrides=(("attacked_view", False), ("evaluated_branch", "pseudo"))), Side("advcl", overrides=(("weight", 0.0),))))),
 )
 
 # %% ../nbs/5_evaluation/78_ledger.ipynb #ced9564e
@@ -129,10 +128,9 @@ class Needs:
 
 def needs(
     claims: Sequence[Claim] = CLAIMS,
-    extra: bool = True,  # with claims that need runs of their own
 ) -> Needs:
     "What has to be there before claims can be judged."
-    sides = dict.fromkeys(side for claim in claims if extra or not claim.extra for side in claim.sides)
+    sides = dict.fromkeys(side for claim in claims for side in claim.sides)
     sides = dict.fromkeys(one for s in sides for one in ([Side(m, s.mode) for m in s.members] or [s]))
     named = tuple(dict.fromkeys(s.method for s in sides if not s.overrides))
     variants = {str(Side(s.method, overrides=s.overrides)): (s.method, dict(s.overrides)) for s in sides if s.overrides}

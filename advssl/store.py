@@ -34,9 +34,11 @@ PACKAGES = ("advssl", "torch", "torchvision", "timm", "numpy", "lightning-fabric
 
 
 def _git(*words: str) -> str | None:
-    "Answer of git about this package's source tree; None outside a checkout."
-    here = str(Path(advssl.__file__).resolve().parent)
-    answer = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
+    "Answer of git about this package's source tree; None outside a checkout of it, also where somebody else's surrounds an installed copy."
+    here = Path(advssl.__file__).resolve()
+    ask = lambda *words: subprocess.run(["git", "-C", str(here.parent), *words], capture_output=True, text=True)
+    if ask("ls-files", "--error-unmatch", here.name).returncode: return None
+    answer = ask(*words)
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 

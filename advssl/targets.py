@@ -64,7 +64,7 @@ TARGETS = {
                cells=tuple((m, mode) for m in PRETEXT for mode in MODES)),  # 28 fine-tunings: minutes
         Target("rival", "pretraining and fine-tuning, or both at once, at equal passes", runs=False, asked=True, cells=(("adv-rotation", "aff"), ("untrained", "aff"))),
         Target("ensemble", "ensembles of fine-tuned classifiers and their transfer matrix", runs=False, cells=tuple((m, "aff") for m in PRETEXT[-3:])),
-        Target("claims", "what the literature claims, judged by the rows: a ledger", cells=needs(extra=False).cells, after=("ensemble",)),
+        Target("claims", "what the literature claims, judged by the rows: a ledger", variants=needs().variants, cells=needs().cells, after=("ensemble",)),
         Target("cost", "passes, time beside SimCLR's and memory of a step of every method"),
     )
 }
@@ -108,9 +108,12 @@ def scale_rows(
 def variant_configs(
     target: Target,
     scale: str,  # name of the scale
+    only: Sequence[str] = (),  # keys of methods; empty means all
 ) -> dict[str, list[Config]]:  # label: a run for every seed
     "The runs that a target has for itself."
-    return {label: [resolve(method, scale, seed, how) for seed in get_scale(scale).seeds] for label, (method, how) in target.variants.items()}
+    chosen = {get_method(name) for name in only or methods()}
+    wanted = {label: variant for label, variant in target.variants.items() if get_method(variant[0]) in chosen}
+    return {label: [resolve(method, scale, seed, how) for seed in get_scale(scale).seeds] for label, (method, how) in wanted.items()}
 
 
 def target_configs(
@@ -121,7 +124,7 @@ def target_configs(
     "All runs that a target reads: those of the scale, and its own."
     concerned = [key for key in only or methods() if not target.base or target.base in get_method(key).card.base.split(", ")]
     shared = configs(scale, concerned) if target.runs and concerned else []
-    return shared + [config for group in variant_configs(target, scale).values() for config in group]
+    return shared + [config for group in variant_configs(target, scale, only).values() for config in group]
 
 
 def cell_configs(

@@ -16,6 +16,7 @@ from advssl.method import methods, settings
 from advssl.published import published
 from advssl.store import CONTRADICTED, NO_DATA, SUPPORTED, UNDECIDED
 from advssl.suite import resolve, run_folder
+from advssl.targets import TARGETS
 
 SCALE, N = "demo", 1000
 METRICS = ("clean", "robust", "pgd", "eot")
@@ -324,12 +325,12 @@ def test_claims_that_something_does_not_happen_have_a_margin():
 
 
 def test_needs_are_exactly_the_sides():
-    everything, cheap = needs(), needs(extra=False)
-    assert not cheap.variants and set(cheap.methods) < set(everything.methods)
+    everything, one = needs(), needs(CLAIMS[:1])
+    assert not one.variants and not one.cells and one.methods == ("rocl", "simclr", "acl", "advcl", "dynacl", "deacl")
     assert everything.variants["ACL (dual=False)"] == ("acl", {"dual": False}) and len(everything.variants) == 4
-    assert set(everything.cells) - set(cheap.cells) == {("multi-task", "aff")}
-    assert {("byol", "slf"), ("byol", "alf"), ("byorl", "slf"), ("byorl", "alf")} <= set(cheap.cells)
-    assert len(cheap.cells) == 20 and {"simclr", "rush", "adpe", "untrained"} <= set(cheap.methods)
+    assert {("multi-task", "aff"), ("byol", "slf"), ("byol", "alf"), ("byorl", "slf"), ("byorl", "alf")} <= set(everything.cells)
+    assert len(everything.cells) == 21 and {"simclr", "rush", "adpe", "untrained"} <= set(everything.methods)
+    assert TARGETS["claims"].variants == everything.variants and TARGETS["claims"].cells == everything.cells  # all are made
     for method, how in everything.variants.values():
         resolve(method, "smoke", 0, how)
 
@@ -387,6 +388,8 @@ def test_an_ensemble_is_read_only_if_it_was_made_from_these_cells(tmp_path):
     kept.write_text(json.dumps({"key": ["code", *key], "value": value}))
     (found,) = ensemble_rows(tmp_path, "demo", TOGETHER)
     assert found["evaluation"][key_of(TOGETHER, "robust", "demo")]["correct"] == 500 and found["seed"] == 0 and not found["stale"]
+    assert [cell["method"] for cell in found["cells"]] == list(TOGETHER.members)
+    assert all("code" in cell for cell in found["cells"])  # for the sidecar
     kept.write_text(json.dumps({"key": ["code", *key[:2], [key[2][0], 0, {"w": "other"}]], "value": value}))
     assert ensemble_rows(tmp_path, "demo", TOGETHER) == []
     kept.write_text(json.dumps({"key": ["code", *key], "value": [v[:3] for v in value]}))  # without seeds: of an older version

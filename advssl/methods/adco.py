@@ -34,8 +34,22 @@ class AdCo(Method):
         # a bank of 65,536 would outnumber 10,000 images, and a demo run has some 400 steps: the average must be quicker
         "smoke": {"bank_size": 256, "momentum": 0.9, "hidden_dim": 512},
         "demo": {"bank_size": 4096, "bank_temperature": 0.05, "temperature": 0.2, "momentum": 0.99, "hidden_dim": 512},
-        # no published recipe for CIFAR-10: the official one is ImageNet's (learning rate 0.03 at batch 256, decay 1e-4)
-        "cifar10": {"bank_size": 8192, "momentum": 0.99, "optimizer": "sgd", "lr": 0.06, "weight_decay": 1e-4, "warmup_epochs": 0.0},
+    }
+    published = {
+        "cifar10": {
+            "ours: the official recipe for ImageNet, 0.03 per 256 images": {"optimizer": "sgd", "lr": 0.06, "weight_decay": 1e-4, "warmup_epochs": 0.0},
+            "ours: a smaller bank and a quicker average for a smaller data set": {"bank_size": 8192, "momentum": 0.99},
+        },
+        "imagenet": {
+            "official README, command without symmetric loss": {"lr": 0.03, "bank_lr": 3.0, "temperature": 0.12, "bank_temperature": 0.02, "symmetric": False},
+            "official ops/argparser.py, defaults": {
+                "batch_size": 256, "epochs": 200, "weight_decay": 1e-4, "momentum": 0.999, "bank_size": 65536, "bank_decay": 1e-4,
+                "embedding_dim": 128, "crops": 0,
+            },
+            "official training: SGD, whose momentum is the bank's too; MoCo-v2's views": {"optimizer": "sgd", "bank_momentum": 0.9, "views": "moco-v2"},
+            "official optimizer: biases and BatchNorm are decayed too": {"decay_all": True},
+            "ours: the cosine ends at 0; the official one at 0.0006": {"warmup_epochs": 0.0},
+        },
     }
 
     def __init__(

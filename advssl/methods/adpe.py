@@ -133,8 +133,24 @@ class AdPE(MAEPlus):
     recipes = MAE.recipes | {
         # a demo run has 312 steps, in which the official rate, that of the network, would hardly move the shift
         "demo": {"batch_size": 64, "lr": 1e-3, "epochs": 2, "shift_lr": 0.03},
-        # no published recipe for CIFAR-10; both rates are the official 1.5e-4 for 256 images, scaled to the batch
-        "cifar10": MAE.recipes["cifar10"] | {"shift_lr": 3e-4, "warmup_epochs": 40},
+    }
+    published = {
+        "cifar10": {
+            "ours: the official rates for ImageNet, 1.5e-4 per 256 images": {"batch_size": 512, "lr": 3e-4, "shift_lr": 3e-4},
+            "ours: as MAE on this data set, one crop of the whole side": {
+                "warmup_epochs": 40.0, "decoder_dim": 128, "decoder_depth": 4, "crops": 1, "crop_scale": 1.0, "area": 0.2, "views": "mae",
+            },
+        },
+        "imagenet": {
+            "official README, MAE+ APE adversarial coordinate: eight GPUs, 128 images, four accumulations; 1.5e-4 per 256 images": {
+                "batch_size": 4096, "epochs": 400, "lr": 2.4e-3, "shift_lr": 2.4e-3, "weight_decay": 0.05, "warmup_epochs": 20.0,
+                "mask_ratio": 0.75, "normalise": True, "position": "absolute", "mode": "coordinate", "crops": 4, "crop_scale": 0.5,
+            },
+            "official ops/argparser.py, defaults": {"area": 0.08, "radius": 1.0, "views": "mae with crop (0.08, 1.0), scale 0.5"},
+            "official model, ViT-B": {"decoder_dim": 512, "decoder_depth": 8},
+            "ours: the README leaves the ball open": {"ball": "l2"},
+            "ours: betas 0.9, 0.999; official 0.9, 0.95": {"optimizer": "adamw"},
+        },
     }
 
     def __init__(

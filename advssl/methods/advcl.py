@@ -52,11 +52,23 @@ class AdvCL(Method):
         "demo": {  # a step costs twice RoCL's: one epoch, in small batches so that there are as many steps
             "epochs": 1, "batch_size": 64, "warmup_epochs": 0.2, "clusters": "2 10 50 100",
         },
-        "cifar10": {  # defaults of pretraining_advCL.py and the command in the README
-            "batch_size": 512, "epochs": 1000, "optimizer": "sgd", "lr": 0.5, "warmup_epochs": 10.0,
-            "weight_decay": 1e-4, "decay_all": True,  # also of biases and BatchNorm
-            "eps": 8 / 255, "steps": 5, "step_size": 2 / 255, "upstream": True,  # the learning rate belongs to its factor
+    }
+    published = {
+        "cifar10": {
+            "official README, command": {"batch_size": 512, "lr": 0.5, "weight_decay": 1e-4, "temperature": 0.5},
+            "official pretraining_advCL.py, defaults": {"epochs": 1000, "eps": 8 / 255, "steps": 5, "weight": 0.2, "cutoff": 0.25},
+            "official pretraining_advCL.py, in the code": {
+                "optimizer": "sgd", "warmup_epochs": 10.0, "step_size": 2 / 255, "clusters": "2 10 50 100 500",
+            },
+            "official optimizer: biases and BatchNorm are decayed too": {"decay_all": True},
+            "official losses.py: the rate belongs to its factor": {"upstream": True},
+            "ours: the views of all contrastive methods; official ones have half the jitter, and crops from 0.2 of the area": {
+                "views": "strong1, strong2: simclr; weak: weak",
+            },
         },
+        "imagenet": {"ours: nobody has published a recipe of this method for ImageNet": {
+            "eps": 4 / 255, "steps": 5, "hidden_dim": 2048, "views": "strong1, strong2: simclr; weak: weak",
+        }},
     }
 
     def __init__(

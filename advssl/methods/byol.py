@@ -46,8 +46,19 @@ class BYOL(Method):
         # a few hundred steps: the average must be quick, and 4096 hidden units would outweigh the small encoder
         "smoke": {"momentum": 0.9, "hidden_dim": 256, "embedding_dim": 128},
         "demo": {"epochs": 2, "batch_size": 128, "momentum": 0.95, "hidden_dim": 512, "embedding_dim": 128},
-        # no published recipe for CIFAR-10: this is ImageNet's for 1000 epochs, its rate of 0.2 per 256 images
-        "cifar10": {"optimizer": "lars", "lr": 0.4, "batch_size": 512, "epochs": 1000, "warmup_epochs": 10.0, "weight_decay": 1.5e-6},
+    }
+    published = {
+        "cifar10": {
+            "ours: the official recipe for 1000 epochs on ImageNet, 0.2 per 256 images": {
+                "optimizer": "lars", "lr": 0.4, "batch_size": 512, "epochs": 1000, "warmup_epochs": 10.0, "weight_decay": 1.5e-6,
+            },
+        },
+        "imagenet": {
+            "official byol/configs/byol.py, presets for 1000 epochs; 0.2 per 256 images": {"epochs": 1000, "lr": 3.2, "weight_decay": 1.5e-6, "momentum": 0.996},
+            "official byol/configs/byol.py": {"optimizer": "lars", "warmup_epochs": 10.0, "hidden_dim": 4096, "embedding_dim": 256},
+            "paper: batches of 4096": {"batch_size": 4096},
+            "ours: the same views twice; the official two differ in blur and solarisation": {"views": "simclr"},
+        },
     }
 
     def __init__(

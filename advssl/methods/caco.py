@@ -37,8 +37,28 @@ class CaCo(Method):
         # a few hundred steps at most: the average must be quicker, and 65,536 slots would outnumber the images
         "smoke": {"bank_size": 256, "momentum": 0.9, "hidden_dim": 256, "embedding_dim": 64},
         "demo": {"epochs": 2, "batch_size": 128, "bank_size": 2048, "momentum": 0.9, "hidden_dim": 512, "embedding_dim": 128},
-        # no published recipe for CIFAR-10: this is ImageNet's (LARS, 0.3 per 256 images, 10 epochs of warm-up), a smaller bank
-        "cifar10": {"bank_size": 8192, "bank_warmup": 0.01, "weight_decay": 1.5e-6},
+    }
+    published = {
+        "cifar10": {
+            "ours: the official recipe for ImageNet, 0.3 per 256 images": {
+                "optimizer": "lars", "lr": 0.6, "weight_decay": 1.5e-6, "warmup_epochs": 10.0, "bank_warmup": 0.01,
+            },
+            "ours: a smaller bank for a smaller data set": {"bank_size": 8192},
+            "ours: without solarisation, which the official second view has": {
+                "views": "strong1: moco-v2 with jitter (0.4, 0.4, 0.2, 0.1), blur 1.0; strong2: moco-v2 with jitter (0.4, 0.4, 0.2, 0.1), blur 0.1",
+            },
+        },
+        "imagenet": {
+            "official README, command for batches of 1024 on one machine; 0.3 per 256 images": {
+                "batch_size": 1024, "epochs": 200, "lr": 1.2, "weight_decay": 1.5e-6, "warmup_epochs": 10.0, "bank_size": 65536, "bank_lr": 3.0,
+                "bank_momentum": 0.9, "temperature": 0.08, "bank_temperature": 0.08, "momentum": 0.99, "hidden_dim": 2048, "embedding_dim": 256, "crops": 0,
+            },
+            "official model/optimizer.py: biases and BatchNorm are not decayed": {"optimizer": "lars", "decay_all": False},
+            "official training: the bank warms up with the network, ten epochs of 200": {"bank_warmup": 0.05},
+            "ours: without solarisation, which the official second view has; and the cosine of the rate ends at 0, the official one at a hundredth": {
+                "views": "strong1: moco-v2 with jitter (0.4, 0.4, 0.2, 0.1), blur 1.0; strong2: moco-v2 with jitter (0.4, 0.4, 0.2, 0.1), blur 0.1",
+            },
+        },
     }
 
     def __init__(

@@ -29,13 +29,13 @@ class CLAE(Method):
         adversary=r"t(x)\leftarrow t(x)+\epsilon\,\mathrm{sign}(\nabla_{t(x)}\mathcal L_{con}(t(x),\{x_{pos}\},\{x_{neg}\}))",
         source="https://github.com/chihhuiho/CLAE",
     )
-    recipes = {
-        "cifar10": {  # defaults of SimCLR/main.py and the command in the README
-            "batch_size": 256, "epochs": 100, "optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.0, "warmup_epochs": 0.0,
-            "eps": 0.015,  # 0.03 in pixels normalised by mean = std = 0.5
-            "embedding_dim": 64,
-        },
-    }
+    published = dict.fromkeys(("cifar10", "cifar100"), {
+        "official README, commands in SimCLR/: 0.03 in pixels normalised by mean = std = 0.5": {"eps": 0.015, "momentum": 0.01, "weight": 1.0},
+        "official SimCLR/main.py, defaults": {"batch_size": 256, "epochs": 100, "temperature": 0.5, "embedding_dim": 64},
+        "official SimCLR/model.py: Adam, its decay never used": {"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.0},
+        "official SimCLR/modules: as wide as the encoder; SimCLR's views without blur": {"hidden_dim": 512, "views": "simclr"},
+        "ours: half a cosine; the official rate is constant": {"warmup_epochs": 0.0},
+    }) | {"imagenet": {"ours: nobody has published a recipe of this method for ImageNet": {"eps": 4 / 255, "hidden_dim": 2048}}}
 
     def __init__(
         self,

@@ -29,11 +29,14 @@ class DeACL(Method):
     views = {"weak": "weak"}
     recipes = {
         "demo": {"epochs": 2, "batch_size": 64},  # small batches leave time for more updates
-        "cifar10": {  # official settings
-            "batch_size": 256, "epochs": 100, "optimizer": "sgd", "lr": 0.5, "weight_decay": 5e-4, "warmup_epochs": 10.0,
-            "eps": 8 / 255, "steps": 5, "step_size": 2 / 255,
-        },
     }
+    published = dict.fromkeys(("cifar10", "cifar100"), {
+        "official bash_files/DeACL_cifar10_resnet18.sh and DeACL_cifar100_resnet18.sh": {
+            "batch_size": 256, "epochs": 100, "optimizer": "sgd", "lr": 0.5, "weight_decay": 5e-4, "weight": 2.0,
+        },
+        "official solo/methods, defaults and code": {"warmup_epochs": 10.0, "eps": 8 / 255, "steps": 5, "step_size": 2 / 255, "views": "weak"},
+        "official optimizer: biases and BatchNorm are decayed too": {"decay_all": True},
+    }) | {"imagenet": {"ours: nobody has published a recipe of this method for ImageNet": {"eps": 4 / 255, "steps": 5}}}
 
     def __init__(
         self,

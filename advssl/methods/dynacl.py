@@ -98,8 +98,20 @@ class DynACL(ACL):
     )
     recipes = {
         "demo": {"epochs": 1, "batch_size": 64},  # as ACL
-        "cifar10": ACL.recipes["cifar10"] | {"momentum": 0.99},  # train_DynACL.py
     }
+    published = dict.fromkeys(("cifar10", "cifar100", "stl10"), {
+        "official README: one command for CIFAR-10, CIFAR-100 and STL-10; train_DynACL.py, defaults": {
+            "batch_size": 512, "epochs": 1000, "optimizer": "lars", "lr": 5.0, "steps": 5, "refresh": 0.05,
+        },
+        "official train_DynACL.py, in the code": {
+            "warmup_epochs": 10.0, "weight_decay": 1e-6, "eps": 8 / 255, "step_size": 2 / 255, "temperature": 0.5, "swap": 2 / 3,
+        },
+        "official optimizer: biases and BatchNorm are decayed too": {"decay_all": True},
+        "official models: a slow encoder; ACL's projector": {"momentum": 0.99, "layers": 3, "hidden_dim": 512, "embedding_dim": 512},
+        "ours: at full strength the views of all contrastive methods; official jitter is half as strong, and crops from 0.1 of the area": {
+            "views": "simclr",
+        },
+    }) | {"imagenet": {"ours: nobody has published a recipe of this method for ImageNet": {"eps": 4 / 255, "steps": 5, "hidden_dim": 2048}}}
 
     def __init__(
         self,

@@ -129,6 +129,12 @@ class ARoCL(FalseNegatives, RoCL):
 
     card = card("ARoCL")
     recipes = RoCL.recipes
+    published = {
+        scale: {"ours: RoCL's recipe, as no code and no recipe of ARoCL was found": {
+            k: v for fields in sources.values() for k, v in fields.items()
+        } | {"views": "strong1, strong2: simclr; clean: none"}}
+        for scale, sources in RoCL.published.items()
+    }
 
     @extends(RoCL)
     def __init__(
@@ -156,6 +162,12 @@ class AACL(FalseNegatives, ACL):
 
     card = card("AACL")
     recipes = ACL.recipes
+    published = {
+        scale: {"ours: ACL's recipe, as no code and no recipe of AACL was found": {
+            k: v for fields in sources.values() for k, v in fields.items()
+        } | {"views": "strong1, strong2: simclr; clean: none"}}
+        for scale, sources in ACL.published.items()
+    }
 
     @extends(ACL)
     def __init__(

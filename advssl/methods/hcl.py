@@ -24,9 +24,18 @@ class HCL(SimCLR):
         base="CL", adversary="hard negative sampling", level="feature", combined="yes", sign=+1, tables=(1, 2),
         source="https://github.com/joshr17/HCL",
     )
-    recipes = {
-        # defaults of image/main.py; its learning rate is constant, ours falls along half a cosine
-        "cifar10": {"batch_size": 256, "epochs": 400, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-6, "warmup_epochs": 0.0},
+    published = dict.fromkeys(("cifar10", "stl10"), {
+        "official image/main.py, defaults, for CIFAR-10 and STL-10 alike; launch.sh repeats them for STL-10": {
+            "batch_size": 256, "epochs": 400, "lr": 1e-3, "weight_decay": 1e-6, "temperature": 0.5, "beta": 1.0, "tau_plus": 0.1, "embedding_dim": 128,
+        },
+        "official image/model.py": {"hidden_dim": 512},
+        "ours: AdamW; the official Adam adds its decay to the gradient, for a ResNet-50": {"optimizer": "adamw"},
+        "ours: half a cosine; the official rate is constant": {"warmup_epochs": 0.0},
+        "ours: the views of all contrastive methods; official ones have half the jitter, are blurred, and have 32 pixels on STL-10 too": {"views": "simclr"},
+    }) | {
+        "cifar100": {"ours: the share of false negatives is about 1 / classes": {"tau_plus": 0.01}},
+        "imagenet100": {"ours: the share of false negatives is about 1 / classes": {"tau_plus": 0.01}},
+        "imagenet": {"ours: nobody has published a recipe of this method for ImageNet": {"tau_plus": 0.001, "hidden_dim": 2048}},
     }
 
     def __init__(

@@ -25,6 +25,15 @@ class Hybrid(CaCo):
         type="memory-based", base="CL", level="input", combined="no", sign=+1, adversary="attacked query, cooperating slot",
     )
     recipes = CaCo.recipes | {"demo": CaCo.recipes["demo"] | {"epochs": 1, "batch_size": 64}}
+    published = {
+        scale: {
+            "ours: an experiment of this project, on CaCo's recipe": {
+                k: v for fields in sources.values() for k, v in fields.items() if k not in ("crops", "bank_momentum")
+            },
+            "ours: the radius of the scale": {"eps": 4 / 255 if scale == "imagenet" else 8 / 255, "steps": 5},
+        }
+        for scale, sources in CaCo.published.items()
+    }
 
     def __init__(
         self,

@@ -23,9 +23,26 @@ class IFM(MoCo):
         adversary=r"z_{pos}\leftarrow z_{pos}-\epsilon z,\ z_{neg}\leftarrow z_{neg}+\epsilon z",
         source="https://github.com/joshr17/IFM",
     )
-    recipes = MoCo.recipes | {
-        # no published recipe for CIFAR-10: this is the official one for ImageNet-100, with the queue of the small data set
-        "cifar10": MoCo.recipes["cifar10"] | {"batch_size": 512, "epochs": 200, "lr": 0.8},
+    recipes = MoCo.recipes
+    published = {
+        "cifar10": {
+            "ours: the official recipe for ImageNet-100": {
+                "batch_size": 512, "epochs": 200, "optimizer": "sgd", "lr": 0.8, "weight_decay": 1e-4, "warmup_epochs": 0.0,
+                "momentum": 0.99, "hidden_dim": 2048, "shares": 8,
+            },
+            "ours: a smaller queue for a smaller data set": {"queue_size": 4096},
+        },
+        "imagenet100": {
+            "official README, command; eight GPUs": {
+                "batch_size": 512, "lr": 0.8, "momentum": 0.99, "temperature": 0.2, "margin": 0.1, "shares": 8, "views": "moco-v2",
+            },
+            "official main_moco.py, defaults and code": {
+                "epochs": 200, "optimizer": "sgd", "weight_decay": 1e-4, "warmup_epochs": 0.0,
+                "queue_size": 65536, "embedding_dim": 128, "alpha": 1.0, "hidden_dim": 2048,
+            },
+            "official optimizer: biases and BatchNorm are decayed too": {"decay_all": True},
+        },
+        "imagenet": {"ours: MoCo-v2's recipe": {k: v for fields in MoCo.published["imagenet"].values() for k, v in fields.items()}},
     }
 
     def __init__(

@@ -26,8 +26,20 @@ class MAE(Method):
         "*": {"optimizer": "adamw", "weight_decay": 0.05},
         "smoke": {"batch_size": 64},
         "demo": {"batch_size": 64, "lr": 1e-3, "epochs": 3},
-        # no published recipe for CIFAR-10; the rate is the paper's 1.5e-4 for 256 images, scaled to the batch
-        "cifar10": {"batch_size": 512, "lr": 3e-4, "warmup_epochs": 40.0, "decoder_dim": 128, "decoder_depth": 4},
+    }
+    published = {
+        "cifar10": {
+            "ours: the official rate for ImageNet, 1.5e-4 per 256 images, and its warm-up": {"lr": 3e-4, "warmup_epochs": 40.0},
+            "ours: a decoder for a smaller encoder": {"batch_size": 512, "decoder_dim": 128, "decoder_depth": 4},
+        },
+        "imagenet": {
+            "official PRETRAIN.md, command; 64 images on each of 64 GPUs, 1.5e-4 per 256 images": {
+                "batch_size": 4096, "epochs": 800, "lr": 2.4e-3, "weight_decay": 0.05, "warmup_epochs": 40.0, "mask_ratio": 0.75, "normalise": True,
+            },
+            "official models_mae.py, ViT-B": {"decoder_dim": 512, "decoder_depth": 8},
+            "official main_pretrain.py": {"views": "mae"},
+            "ours: betas 0.9, 0.999; official 0.9, 0.95": {"optimizer": "adamw"},
+        },
     }
 
     def __init__(

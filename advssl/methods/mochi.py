@@ -40,7 +40,14 @@ class MoCHi(MoCo):
     recipes = {  # MoCo's, with N a sixteenth of the queue
         "smoke": MoCo.recipes["smoke"] | {"candidates": 32, "pairs": 16, "query_mixes": 8},
         "demo": MoCo.recipes["demo"] | {"candidates": 256, "pairs": 128, "query_mixes": 32},
-        "cifar10": MoCo.recipes["cifar10"] | {"candidates": 256, "pairs": 256, "query_mixes": 64},
+    }
+    published = {
+        scale: {
+            "ours: MoCo-v2's recipe, as no code and no recipe of MoCHi was found": {k: v for fields in sources.values() for k, v in fields.items()},
+            "ours: how many are mixed, less for a smaller queue": dict(zip(
+                ("candidates", "pairs", "query_mixes"), (256, 256, 64) if scale == "cifar10" else (1024, 512, 128), strict=True)),
+        }
+        for scale, sources in MoCo.published.items()
     }
 
     def __init__(

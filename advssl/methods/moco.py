@@ -26,8 +26,28 @@ class MoCo(Method):
         # few steps: the average must be quicker and the queue shorter, Eq. (4)
         "smoke": {"queue_size": 256, "momentum": 0.9, "shares": 2},
         "demo": {"queue_size": 4096, "momentum": 0.99, "shares": 2},
-        # no published recipe for CIFAR-10: the official one is ImageNet's (learning rate 0.03 at batch 256, decay 1e-4)
-        "cifar10": {"queue_size": 4096, "momentum": 0.99, "hidden_dim": 2048, "shares": 8, "optimizer": "sgd", "lr": 0.06, "weight_decay": 1e-4, "warmup_epochs": 0.0},
+    }
+    published = {
+        "cifar10": {
+            "ours: the official recipe for ImageNet, 0.03 per 256 images": {
+                "optimizer": "sgd", "lr": 0.06, "weight_decay": 1e-4, "warmup_epochs": 0.0, "hidden_dim": 2048, "shares": 8,
+            },
+            "ours: a smaller queue and a quicker average for a smaller data set": {"queue_size": 4096, "momentum": 0.99},
+        },
+        "imagenet": {
+            "official README, command, and options for MoCo-v2; eight GPUs see 32 images each": {
+                "batch_size": 256, "lr": 0.03, "temperature": 0.2, "shares": 8, "views": "moco-v2",
+            },
+            "official main_moco.py, defaults and code": {
+                "epochs": 200, "optimizer": "sgd", "weight_decay": 1e-4, "warmup_epochs": 0.0,
+                "queue_size": 65536, "momentum": 0.999, "hidden_dim": 2048, "embedding_dim": 128,
+            },
+            "official optimizer: biases and BatchNorm are decayed too": {"decay_all": True},
+        },
+        "imagenet100": {
+            "README of joshr17/IFM, the base of its table; eight GPUs": {"batch_size": 512, "lr": 0.8, "momentum": 0.99, "temperature": 0.2, "shares": 8, "views": "moco-v2"},
+            "joshr17/IFM, main_moco.py, defaults": {"epochs": 200, "weight_decay": 1e-4, "queue_size": 65536, "embedding_dim": 128},
+        },
     }
 
     def __init__(

@@ -32,13 +32,16 @@ class RoCL(Method):
     views = {"strong1": "simclr", "strong2": "simclr"}
     recipes = {
         "demo": {"epochs": 1, "batch_size": 64},  # many small steps: an attacked one costs several plain ones
-        "cifar10": {  # defaults of src/argument.py and the command in the README
-            "batch_size": 512, "epochs": 1000,  # 256 on each of two GPUs
-            "optimizer": "lars", "lr": 1.5, "warmup_epochs": 10.0,  # 0.1, raised by the factor 15 in ten epochs
-            "weight_decay": 1e-6, "decay_all": True,  # also of biases and BatchNorm
-            "eps": 0.0314, "steps": 7, "step_size": 0.007, "hidden_dim": 2048,
-        },
     }
+    published = dict.fromkeys(("cifar10", "cifar100"), {
+        "official src/argument.py, defaults for CIFAR-10 and CIFAR-100 alike; 256 images on each of two GPUs": {
+            "batch_size": 512, "epochs": 1000, "weight_decay": 1e-6, "temperature": 0.5, "eps": 0.0314, "steps": 7, "step_size": 0.007,
+        },
+        "official src/rocl_train.py: 0.1, raised by the factor 15 in ten epochs": {"optimizer": "lars", "lr": 1.5, "warmup_epochs": 10.0},
+        "official optimizer: biases and BatchNorm are decayed too": {"decay_all": True},
+        "official projector: 512 to 2048 to 128": {"hidden_dim": 2048, "embedding_dim": 128},
+        "ours: the views of all contrastive methods; official jitter is half as strong (0.4, 0.4, 0.4, 0.1)": {"views": "simclr"},
+    }) | {"imagenet": {"ours: nobody has published a recipe of this method for ImageNet": {"eps": 4 / 255, "steps": 5, "hidden_dim": 2048}}}
 
     def __init__(
         self,

@@ -21,6 +21,10 @@ class RUSH(SimCLR):
         "RUSH", "Pang, Liu and Zhou, arXiv 2022", "nbs/4_other/30_rush.ipynb",
         type="memory-free", base="CL", adversary="randomized smoothing", level="input", combined="no", sign=0, tables=(1,),
     )
+    published = {
+        scale: {"ours: SimCLR's recipe, as no code and no recipe of RUSH was found": {k: v for fields in sources.values() for k, v in fields.items()}}
+        for scale, sources in SimCLR.published.items()
+    }
 
     def __init__(
         self,

@@ -70,9 +70,18 @@ class Selfie(Pretext):
     )
     recipes = {
         "demo": {"epochs": 6, "batch_size": 64},
-        "cifar10": {  # width and depth of the attention are ours
-            "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4, "batch_size": 128, "epochs": 200, "warmup_epochs": 0.0, "dim": 256, "depth": 3,
+    }
+    published = {
+        "cifar10": {
+            "official README, command": {"batch_size": 128, "lr": 0.1},
+            "official train_std_selfie.py and train_adv_selfie.py, defaults and code; a cosine without warm-up": {
+                "weight_decay": 1e-4, "decay_all": True, "epochs": 200, "warmup_epochs": 0.0, "grid": 4, "masked": 4,
+            },
+            "ours: no Nesterov momentum; the stages are those of the scale's encoder, not of a pre-activation ResNet-50": {"optimizer": "sgd"},
+            "ours: width and depth of the attention": {"dim": 256, "depth": 3},
+            "ours: the views of all pretext tasks, shifted and mirrored; the official code does not mirror": {"views": "weak"},
         },
+        "imagenet": {"ours: nobody has published a recipe of this method for ImageNet": {"dim": 256, "depth": 3}},
     }
 
     def __init__(
@@ -126,7 +135,10 @@ class AdvSelfie(Adversarial, Selfie):
     )
     recipes = Selfie.recipes | {
         "demo": {"epochs": 2, "batch_size": 64},
-        "cifar10": Selfie.recipes["cifar10"] | {"steps": 10, "step_size": 2 / 255},
+    }
+    published = {
+        "cifar10": Selfie.published["cifar10"] | {"official attack_algo.py": {"eps": 8 / 255, "steps": 10, "step_size": 2 / 255}},
+        "imagenet": Selfie.published["imagenet"] | {"ours: the usual radius there": {"eps": 4 / 255, "steps": 5}},
     }
 
     def __init__(

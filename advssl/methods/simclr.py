@@ -24,6 +24,23 @@ class SimCLR(Method):
         base="CL", source="https://github.com/google-research/simclr",
     )
     views = {"strong1": "simclr", "strong2": "simclr"}
+    published = {
+        "cifar10": {
+            "official README, command for CIFAR-10; rate 1.0 per 256 images": {
+                "batch_size": 512, "epochs": 1000, "lr": 2.0, "weight_decay": 1e-4, "temperature": 0.5,
+            },
+            "official run.py, defaults": {"optimizer": "lars", "warmup_epochs": 10.0, "embedding_dim": 128},
+            "ours: two layers as in the paper, three in the official code": {"hidden_dim": 512},
+            "ours: the views of all scales; the command halves the jitter (0.4, 0.4, 0.4, 0.1)": {"views": "simclr"},
+        },
+        "imagenet": {
+            "official README, command for ImageNet; rate 0.075 times the root of the batch": {
+                "batch_size": 4096, "epochs": 100, "lr": 4.8, "weight_decay": 1e-4, "temperature": 0.1,
+            },
+            "official run.py, defaults": {"optimizer": "lars", "warmup_epochs": 10.0, "embedding_dim": 128, "views": "simclr"},
+            "ours: as wide as the encoder; two layers as in the paper, three in the official code": {"hidden_dim": 2048},
+        },
+    }
 
     def __init__(
         self,

@@ -44,8 +44,19 @@ class SimMIM(Method):
         "smoke": {"batch_size": 64, "block": 1},
         # one of the demo's 4 x 4 patches is a quarter of the image wide; the paper's squares are a seventh
         "demo": {"batch_size": 64, "lr": 2e-3, "epochs": 2, "block": 1},
-        # no published recipe for CIFAR-10; the rate is the official 1e-4 for 512 images
-        "cifar10": {"batch_size": 512, "lr": 1e-4, "warmup_epochs": 10},
+    }
+    published = {
+        "cifar10": {"ours: the official recipe for ImageNet, 1e-4 per 512 images": {"batch_size": 512, "lr": 1e-4, "warmup_epochs": 10.0}},
+        "imagenet": {
+            "official configs/vit_base__800ep, pretraining; squares of 32 pixels": {
+                "epochs": 800, "warmup_epochs": 10.0, "weight_decay": 0.05, "mask_ratio": 0.6, "block": 2,
+            },
+            "official README, example of Swin Base: 128 images on each of 16 GPUs; 1e-4 per 512 images": {"batch_size": 2048, "lr": 4e-4},
+            "ours: a cosine, no clipping, no DropPath, absolute positions; officially the rate falls to a tenth at epoch 700, gradients are clipped": {
+                "optimizer": "adamw",
+            },
+            "ours: MAE's views; official crops are from 0.67 of the area": {"views": "mae"},
+        },
     }
 
     def __init__(

@@ -31,8 +31,15 @@ class Unified(ACL):
         "*": {"optimizer": "adamw", "weight_decay": 0.05},
         "smoke": {"batch_size": 64},
         "demo": {"batch_size": 64, "lr": 1e-3, "images": 3200, "epochs": 1, "steps": 2},
-        # nobody has published a recipe: sizes and rate are those of MAE there
-        "cifar10": {"batch_size": 512, "lr": 3e-4, "warmup_epochs": 40.0, "decoder_dim": 128, "decoder_depth": 4},
+    }
+    published = {
+        scale: {
+            "ours: an experiment of this project, on MAE's recipe": {
+                k: v for fields in sources.values() for k, v in fields.items() if k not in ("normalise", "views")
+            },
+            "ours: the radius of the scale, and the contrast's views": {"eps": 4 / 255 if scale == "imagenet" else 8 / 255, "steps": 5, "views": "simclr"},
+        }
+        for scale, sources in MAE.published.items()
     }
 
     def __init__(

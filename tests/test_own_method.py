@@ -1,0 +1,42 @@
+"""A method in a folder of one's own is a method like the others, for every command and for the jobs that a suite starts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).resolve().parents[1] / "nbs" / "6_frontiers" / "90_your_own.ipynb"
+
+
+@pytest.fixture
+def environment(tmp_path):
+    "The page's imports and class, saved as it says."
+    cells = ["".join(cell["source"]) for cell in json.loads(PAGE.read_text())["cells"] if cell["cell_type"] == "code"]
+    end = next(i for i, cell in enumerate(cells) if "class WarpCLR" in cell)
+    folder = tmp_path / "methods"
+    folder.mkdir()
+    (folder / "warpclr.py").write_text("\n\n".join(cells[: end + 1]))
+    return os.environ | {"ADVSSL_METHODS": str(folder), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+
+
+def advssl(*words, **options):
+    return subprocess.run([sys.executable, "-m", "advssl", *words], capture_output=True, text=True, **options)
+
+
+def test_without_the_variable_nobody_knows_it():
+    assert "WarpCLR" not in advssl("methods").stdout
+
+
+def test_the_suite_trains_judges_and_prints_it(environment, tmp_path):
+    assert "WarpCLR" in advssl("methods", env=environment).stdout
+    made = advssl("reproduce", "robustness", "taxonomy", "--scale", "smoke", "--method", "warpclr", env=environment, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr[-3000:]
+    for target in ("robustness", "taxonomy"): assert (tmp_path / f"figures/smoke/{target}.md").read_text().count("| WarpCLR |") == 1
+    (row,) = (tmp_path / "runs/smoke/warpclr").glob("*/result.json")
+    source = Path(environment["ADVSSL_METHODS"], "warpclr.py")
+    source.write_text(source.read_text().replace("radius: float = 0.15", "radius: float = 0.14 + 0.01"))  # the same settings by other code
+    todo = advssl("reproduce", "robustness", "--scale", "smoke", "--method", "warpclr", "--dry-run", env=environment, cwd=tmp_path)
+    assert todo.returncode == 0 and json.loads(row.read_text())["code"] not in (tmp_path / "runs/smoke/plan.json").read_text()
