@@ -272,7 +272,7 @@ def test_numbers_are_those_of_the_rows_and_the_published_stand_apart(told):
     line = found["P3", "Rotation", "F4"]
     a = Accuracy(150, 500)
     assert line["PGD-5, %"] == f"{100 * a.value:.1f} [{100 * a.low:.1f}, {100 * a.high:.1f}]" and line["Epoch"] == "3 of 3"
-    assert (line["Epochs to best of (P1,F4)"], line["Seconds to it"]) == ("never", "")
+    assert (line["Epochs to best of (P1,F4)"], line["Seconds to it"]) == ("never", "–")
     assert (found["P3", "Selfie", "F4"]["Epochs to best of (P1,F4)"], found["P3", "Selfie", "F4"]["Seconds to it"]) == ("2", "4")
     published = {k: [line[c] for c in line if c.startswith("Published")] for k, line in found.items()}
     assert published["P3", "Rotation", "F4"] == ["85.66", "50.40", "46"] and published["P1", "none", "F4"] == ["84.72", "47.22", "99"]
