@@ -123,10 +123,30 @@ def _tree(module: str) -> ast.Module:
     return code_tree(Path(importlib.util.find_spec(module).origin).read_text())
 
 
+@functools.cache
+def _text(module: str) -> str:
+    "A module as its fingerprint sees it; written once, as most modules stand behind most methods."
+    return module + ast.dump(_tree(module))
+
+
 def _is_module(name: str) -> bool:
     "Whether an imported name is a module of its own."
     parent = importlib.util.find_spec(name.rpartition(".")[0])
     return bool(parent.submodule_search_locations) and importlib.util.find_spec(name) is not None
+
+
+@functools.cache
+def _imports(module: str) -> list[str]:
+    "Modules of this package that a module of it imports."
+    found = []
+    home = module if importlib.util.find_spec(module).submodule_search_locations else module.rpartition(".")[0]
+    for node in ast.walk(_tree(module)):
+        if not isinstance(node, ast.ImportFrom): continue
+        source = importlib.util.resolve_name("." * node.level + (node.module or ""), home)
+        if source.split(".")[0] != "advssl": continue
+        inside = [m for a in node.names if _is_module(m := f"{source}.{a.name}")]  # `from advssl import checkpoint`
+        found += inside or [source]
+    return found
 
 
 def code_closure(
@@ -136,15 +156,8 @@ def code_closure(
     seen, todo = set(), list(modules)
     while todo:
         name = todo.pop()
-        if name in seen: continue
+        if name not in seen: todo += _imports(name)
         seen.add(name)
-        home = name if importlib.util.find_spec(name).submodule_search_locations else name.rpartition(".")[0]
-        for node in ast.walk(_tree(name)):
-            if not isinstance(node, ast.ImportFrom): continue
-            source = importlib.util.resolve_name("." * node.level + (node.module or ""), home)
-            if source.split(".")[0] != "advssl": continue
-            inside = [m for a in node.names if _is_module(m := f"{source}.{a.name}")]  # `from advssl import checkpoint`
-            todo += inside or [source]
     return sorted(seen)
 
 
@@ -153,5 +166,5 @@ def code_digest(
     *modules: str,  # such as "advssl.pretrain"
 ) -> str:  # 12 hexadecimal digits
     "Fingerprint of the code that these modules and their imports consist of."
-    text = "\n".join(name + ast.dump(_tree(name)) for name in code_closure(*modules))
+    text = "\n".join(map(_text, code_closure(*modules)))
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .checkpoint import code_digest, write_atomic
 from .method import get_method, methods
@@ -92,7 +93,8 @@ def repeat(
     call: Call,
 ) -> tuple[float, float]:  # seconds forward, seconds backward
     "A recorded call alone: f and b of Eq. (1)."
-    with _as_it_was(call), torch.set_grad_enabled(call.graph):
+    twice = sdpa_kernel(SDPBackend.MATH) if call.twice else nullcontext()  # fused attention has no second derivative
+    with _as_it_was(call), torch.set_grad_enabled(call.graph), twice:
         given = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, Tensor) and a.requires_grad]
         wanted, device = given + [p for p in call.module.parameters() if p.requires_grad], next((a.device for a in call.args if isinstance(a, Tensor)), "cpu")
         began = clock(device)
@@ -101,6 +103,9 @@ def repeat(
         if not (call.backward and output.requires_grad): return forward, 0.0
         ones = torch.ones_like(output)
         began = clock(device)
+        if call.twice:
+            inner = [g for g in torch.autograd.grad(output, given, ones, create_graph=True) if g.requires_grad]
+            output, ones = [output, *inner], [ones, *map(torch.ones_like, inner)]
         torch.autograd.grad(output, wanted, ones, allow_unused=True)
         return forward, clock(device) - began
 

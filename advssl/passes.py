@@ -56,6 +56,7 @@ class Call:
     wanted: list[bool] = field(default_factory=list)  # requires_grad of each weight
     branches: list[str] = field(default_factory=list)  # active branch of each branched BatchNorm
     backward: bool = False  # whether a gradient came back
+    twice: bool = False  # whether that gradient was differentiated in its turn
 
 
 @dataclass
@@ -119,9 +120,15 @@ def record(
         else: passes.constant += share
         trained = any(p.requires_grad for p in module.parameters(recurse=False))
 
-        def came_back(_):
+        def to_weights(_): passes.to_weights += share
+
+        def came_back(grad):
             if call: call.backward = True
-            if trained: passes.to_weights += share
+            if grad.requires_grad:  # with respect to an input, and about to be differentiated
+                passes.to_input += share
+                grad.register_hook(to_weights)
+                if call: call.twice = True
+            elif trained: passes.to_weights += share
             else: passes.to_input += share
 
         if output.requires_grad and (call or share): output.register_hook(came_back)

@@ -86,7 +86,7 @@ SCALES = {
     for scale in (
         Scale("smoke", "seconds: does everything run?", images=512, epochs=1, batch_size=128, warmup_epochs=0.5, train_steps=2,
               attack_steps=5, test_images=200, robust_images=50, tuning="smoke"),
-        Scale("demo", "minutes on two cores, embedded data, one seed: screening", images=6000, epochs=2, batch_size=128, train_steps=3, eps=(0.05,), robust_images=500),
+        Scale("demo", "minutes on two cores, embedded data, one seed: screening", images=5000, epochs=2, batch_size=128, train_steps=3, eps=(0.05,), robust_images=500),
         Scale("laptop", "hours on two cores, embedded data, three seeds: the committed results", like="demo", longer=2, epochs=4, train_steps=3,
               seeds=(0, 1, 2), tuning="laptop"),
         CIFAR10, replace(CIFAR10, name="cifar100", like="cifar10", data="cifar100", eps=(8 / 255,)), STL10, IMAGENET100, IMAGENET,

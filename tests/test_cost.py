@@ -51,6 +51,9 @@ BY_HAND = [
     ("simmim", {}, (1, 0, 0, 1)),
     ("adios", {}, (1 + 3, 0, 0, 1 + 3)),  # one backward pass for both players
     ("adios", {"simultaneous": False}, (1 + 3 + 3, 1, 3, 1 + 3)),  # the whole view is a constant of the masks' turn
+    # two tasks: an attack step, the clean and the attacked question; the latter's gradient is differentiated, so it comes back three times
+    ("multi-task", {"tasks": "rotation jigsaw", "steps": 1}, (2 * 3, 0, 2 * (1 + 1), 2 * (1 + 2))),
+    ("multi-task", {"tasks": "rotation jigsaw", "steps": 1, "weight": 0.0}, (2 * 3, 0, 2 * 1, 2 * 2)),
     ("untrained", {}, (0, 1, 0, 0)),
 ]
 
@@ -134,6 +137,26 @@ def test_a_repeat_takes_gradients_where_they_were_taken(monkeypatch):
     sizes = [len(list(c.module.parameters())) for c in calls]
     # the constant branch: none; the attack: inputs; the step: weights, and the projector's input
     assert asked == [1, 1, sizes[4], sizes[5] + 1]
+
+
+def test_a_repeat_takes_the_second_derivative_where_it_was_taken(monkeypatch):
+    run = small("multi-task", steps=1)
+    found = [call for call in count(run).calls if call.twice]
+    encoders = [call for call in found if call.module is run.method.encoder]
+    assert len(encoders) == 2 and all(call.backward and any(call.wanted) for call in encoders)  # not Selfie: it calls layers
+    assert any(isinstance(call.module, nn.Conv2d) for call in found)
+    asked, grad = [], torch.autograd.grad
+    def watched(out, wanted, *args, **more):
+        asked.append((len(wanted), more.get("create_graph", False)))
+        return grad(out, wanted, *args, **more)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    for call in found:  # attention too, whose fused form has no second derivative
+        asked.clear()
+        repeat(call)
+        weights = sum(call.wanted)
+        assert asked == [(1, True), (1 + weights, False)], call.module
+    assert not any(call.twice for call in count(small("multi-task", steps=1, weight=0.0)).calls)
 
 
 # measurements with a clock that ticks at each look

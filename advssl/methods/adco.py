@@ -33,7 +33,8 @@ class AdCo(Method):
     recipes = {
         # a bank of 65,536 would outnumber 10,000 images, and a demo run has some 400 steps: the average must be quicker
         "smoke": {"bank_size": 256, "momentum": 0.9, "hidden_dim": 512},
-        "demo": {"bank_size": 4096, "bank_temperature": 0.05, "temperature": 0.2, "momentum": 0.99, "hidden_dim": 512},
+        "demo": {"bank_size": 1024, "bank_temperature": 0.05, "temperature": 0.2, "momentum": 0.99, "hidden_dim": 512},
+        "laptop": {"bank_size": 4096},
     }
     published = {
         "cifar10": {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..attack import Perturbation, frozen
 from ..masked import patchify, unpatchify, visible_indices
-from ..method import Card, Views, register
+from ..method import Card, Views, register, stated
 from .mae import MAE
 from ..threat import make_threat
 
@@ -31,10 +31,10 @@ class AdvMIM(MAE):
     }
     published = {
         scale: {
-            "ours: an experiment of this project, on MAE's recipe": {k: v for fields in sources.values() for k, v in fields.items()},
+            "ours: an experiment of this project, on MAE's recipe": fields,
             "ours: the radius of the scale": {"eps": 4 / 255 if scale == "imagenet" else 8 / 255, "steps": 5},
         }
-        for scale, sources in MAE.published.items()
+        for scale, fields in stated(MAE.published).items()
     }
 
     def __init__(

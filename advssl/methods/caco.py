@@ -36,7 +36,8 @@ class CaCo(Method):
     recipes = {
         # a few hundred steps at most: the average must be quicker, and 65,536 slots would outnumber the images
         "smoke": {"bank_size": 256, "momentum": 0.9, "hidden_dim": 256, "embedding_dim": 64},
-        "demo": {"epochs": 2, "batch_size": 128, "bank_size": 2048, "momentum": 0.9, "hidden_dim": 512, "embedding_dim": 128},
+        "demo": {"epochs": 2, "batch_size": 128, "bank_size": 1024, "momentum": 0.9, "hidden_dim": 512, "embedding_dim": 128},
+        "laptop": {"bank_size": 2048},
     }
     published = {
         "cifar10": {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..attack import frozen
 from ..contrast import nt_xent, unit
-from ..method import Card, Views, register
+from ..method import Card, Views, register, stated
 from ..processes import gather
 from .acl import ACL
 from .rocl import RoCL
@@ -130,10 +130,8 @@ class ARoCL(FalseNegatives, RoCL):
     card = card("ARoCL")
     recipes = RoCL.recipes
     published = {
-        scale: {"ours: RoCL's recipe, as no code and no recipe of ARoCL was found": {
-            k: v for fields in sources.values() for k, v in fields.items()
-        } | {"views": "strong1, strong2: simclr; clean: none"}}
-        for scale, sources in RoCL.published.items()
+        scale: {"ours: RoCL's recipe, as no code and no recipe of ARoCL was found": fields | {"views": "strong1, strong2: simclr; clean: none"}}
+        for scale, fields in stated(RoCL.published).items()
     }
 
     @extends(RoCL)
@@ -163,10 +161,8 @@ class AACL(FalseNegatives, ACL):
     card = card("AACL")
     recipes = ACL.recipes
     published = {
-        scale: {"ours: ACL's recipe, as no code and no recipe of AACL was found": {
-            k: v for fields in sources.values() for k, v in fields.items()
-        } | {"views": "strong1, strong2: simclr; clean: none"}}
-        for scale, sources in ACL.published.items()
+        scale: {"ours: ACL's recipe, as no code and no recipe of AACL was found": fields | {"views": "strong1, strong2: simclr; clean: none"}}
+        for scale, fields in stated(ACL.published).items()
     }
 
     @extends(ACL)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..attack import Perturbation, frozen
 from ..contrast import contrast, log_sum, select, unit
 from ..encoders import cosine_momentum
-from ..method import Card, Views, register
+from ..method import Card, Views, register, stated
 from .caco import CaCo
 from ..threat import make_threat
 
@@ -27,12 +27,10 @@ class Hybrid(CaCo):
     recipes = CaCo.recipes | {"demo": CaCo.recipes["demo"] | {"epochs": 1, "batch_size": 64}}
     published = {
         scale: {
-            "ours: an experiment of this project, on CaCo's recipe": {
-                k: v for fields in sources.values() for k, v in fields.items() if k not in ("crops", "bank_momentum")
-            },
+            "ours: an experiment of this project, on CaCo's recipe": fields,
             "ours: the radius of the scale": {"eps": 4 / 255 if scale == "imagenet" else 8 / 255, "steps": 5},
         }
-        for scale, sources in CaCo.published.items()
+        for scale, fields in stated(CaCo.published, without=("crops", "bank_momentum")).items()
     }
 
     def __init__(

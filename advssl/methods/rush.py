@@ -9,7 +9,7 @@ __all__ = ['RUSH']
 from torch import nn
 
 from ..features import Noisy
-from ..method import Card, register
+from ..method import Card, register, stated
 from .simclr import SimCLR
 
 # %% ../../nbs/4_other/30_rush.ipynb #16c71897
@@ -22,8 +22,7 @@ class RUSH(SimCLR):
         type="memory-free", base="CL", adversary="randomized smoothing", level="input", combined="no", sign=0, tables=(1,),
     )
     published = {
-        scale: {"ours: SimCLR's recipe, as no code and no recipe of RUSH was found": {k: v for fields in sources.values() for k, v in fields.items()}}
-        for scale, sources in SimCLR.published.items()
+        scale: {"ours: SimCLR's recipe, as no code and no recipe of RUSH was found": fields} for scale, fields in stated(SimCLR.published).items()
     }
 
     def __init__(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attack import frozen
-from ..method import Card, Views, register
+from ..method import Card, Views, register, stated
 from .acl import ACL
 from .mae import MAE
 from ..processes import gather
@@ -34,12 +34,10 @@ class Unified(ACL):
     }
     published = {
         scale: {
-            "ours: an experiment of this project, on MAE's recipe": {
-                k: v for fields in sources.values() for k, v in fields.items() if k not in ("normalise", "views")
-            },
+            "ours: an experiment of this project, on MAE's recipe": fields,
             "ours: the radius of the scale, and the contrast's views": {"eps": 4 / 255 if scale == "imagenet" else 8 / 255, "steps": 5, "views": "simclr"},
         }
-        for scale, sources in MAE.published.items()
+        for scale, fields in stated(MAE.published, without=("normalise", "views")).items()
     }
 
     def __init__(
