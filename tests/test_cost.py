@@ -159,6 +159,15 @@ def test_a_repeat_takes_the_second_derivative_where_it_was_taken(monkeypatch):
     assert not any(call.twice for call in count(small("multi-task", steps=1, weight=0.0)).calls)
 
 
+def test_products_are_those_with_a_memory_and_between_features():
+    sizes = lambda name, **settings: [tuple(tuple(a.shape) for a in p.args) for p in count(small(name, **settings)).products]
+    assert sizes("simclr") == [((2 * B, 128), (128, 2 * B))] and sizes("mae") == []
+    adco = [p for p in count(small("adco", bank_size=32)).products if 32 in (*p.args[0].shape, *p.args[1].shape)]
+    # similarities for the encoder's loss, and the bank's pull without a graph
+    found = [(*p.args[0].shape, p.args[1].shape[1], p.graph, p.backward) for p in adco]
+    assert found == [(B, 128, 32, True, True), (32, B, 128, False, False)]
+
+
 # measurements with a clock that ticks at each look
 
 
@@ -171,17 +180,20 @@ def ticking(monkeypatch):
 def test_parts_of_the_ideal(ticking):
     run = small("rocl", steps=2)
     run.whole_step()
-    calls = count(run).calls
-    assert alone(run, calls) == {"forward": 2 * 4.0, "backward": 2 * 3.0, "augmentation": 1.0, "optimizer": 1.0}
+    found = count(run)
+    # similarities: of two steps of the attack, of the joint pass, and of its regulariser
+    assert [len(p.args[0]) for p in found.products] == [2 * B] * 2 + [3 * B, 2 * B] and all(p.backward for p in found.products)
+    assert alone(run, found) == {"forward": 2 * 4.0, "backward": 2 * 3.0, "products": 4 * 2.0, "augmentation": 1.0, "optimizer": 1.0}
 
 
 def test_a_row(ticking):
     row = measure("rocl", batch_size=B, images=128, rounds=3)
     calls = 2 * (1 + 3 + 1)  # encoder and projector: constant branch, three steps, the joint pass
+    products = 2 * (3 + 2)  # similarities of each step, of the joint pass and its regulariser, forward and backward
     assert row["passes"] == {"graph": 6.0, "constant": 1.0, "to_input": 3.0, "to_weights": 3.0}
-    assert row["ratio"] == {"value": 1.0, "low": 1.0, "high": 1.0} and row["ideal"] == calls + (calls - 2) + 2
+    assert row["ratio"] == {"value": 1.0, "low": 1.0, "high": 1.0} and row["ideal"] == calls + (calls - 2) + products + 2
     assert row["distance"]["value"] == 1 / row["ideal"]
-    assert row["parts"] == {"forward": calls, "backward": calls - 2, "augmentation": 1, "optimizer": 1}
+    assert row["parts"] == {"forward": calls, "backward": calls - 2, "products": products, "augmentation": 1, "optimizer": 1}
     assert row["microseconds"] == 1e6 / B and row["peak_bytes"] > row["held_bytes"] > 0 and row["rounds"] == 3
     assert json.loads(json.dumps(row, allow_nan=False)) == row
     assert len(set(map(tuple, [cost.cost_line(row)]))) == 1 and "RoCL" in markdown_table([cost.cost_line(row)])
