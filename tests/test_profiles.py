@@ -32,7 +32,29 @@ def dry_run(plan: Path, *options: str) -> subprocess.CompletedProcess:
     words = ["--snakefile", str(reproduce.SNAKEFILE), "--directory", str(plan.parent), "--config", f"plan={plan}"]
     words += ["--dry-run", "--printshellcmds"]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "0,1,2"}
-    return subprocess.run([sys.executable, "-m", "snakemake", *words, *options], capture_output=True, text=True, env=env)
+    return subprocess.run([sys.executable, "-c", reproduce.LAUNCH, *words, *options], capture_output=True, text=True, env=env)
+
+
+def test_no_job_leaves_a_timer_behind(tmp_path):
+    """Snakemake starts one after every selection of jobs, and each wakes the scheduler once a second to the end of the workflow."""
+    rules = "rule all:\n    input: expand('{i}', i=range(6))\nrule one:\n    output: '{i}'\n    shell: 'touch {output}'\n"
+    (tmp_path / "Snakefile").write_text(rules)
+    watched = """
+import atexit, threading
+made, start = [], threading.Timer.start
+threading.Timer.start = lambda self: made.append(self) or start(self)
+atexit.register(lambda: print("timers", len(made)))
+"""
+
+    def timers(launch):
+        for i in range(6): (tmp_path / str(i)).unlink(missing_ok=True)
+        words = ["--cores", "1", "--directory", str(tmp_path), "--snakefile", str(tmp_path / "Snakefile")]
+        done = subprocess.run([sys.executable, "-c", watched + launch, *words], capture_output=True, text=True)
+        assert done.returncode == 0 and all((tmp_path / str(i)).exists() for i in range(6)), done.stderr
+        return int(done.stdout.rsplit("timers", 1)[1])
+
+    assert timers(reproduce.LAUNCH) == 0
+    assert timers("from snakemake.cli import main\nmain()\n") >= 6, "Snakemake no longer does this: the launcher is not needed"
 
 
 @pytest.mark.parametrize("name", LOCAL)
