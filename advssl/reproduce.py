@@ -132,8 +132,8 @@ def load_all() -> None:
     assert all((execnb, lightning_fabric, matplotlib, papermill))
 
 
-# every job that ends would leave a timer that looks through all waiting jobs once a second, for a limit on jobs per second that we do not have:
-# after a hundred jobs that takes a whole core
+# each job that ends would leave a timer that looks through all waiting jobs once a second, for a limit that we do not need:
+# work that grows with every job
 LAUNCH = """
 from snakemake.cli import main
 from snakemake.scheduling.job_scheduler import JobScheduler

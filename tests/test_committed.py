@@ -42,3 +42,9 @@ def test_rows_say_where_they_come_from():
     rows = [row for file, row in read_store(FIGURES / SCALE / STORE) if "evaluation" in row]
     assert {row["scale"] for row in rows} == {SCALE} and {row["seed"] for row in rows} == {0, 1, 2}
     for row in rows: assert not row["stale"] and row["provenance"]["commit"] and row["checkpoint"] and row["evaluation"]["data_sha256"]
+
+
+@pytest.mark.parametrize("name", ["tradeoff", "gallery"])
+def test_the_readme_shows_the_committed_picture(name):
+    shown = FIGURES.parent / f"docs/readme/fig-{name}.png"
+    assert shown.read_bytes() == (FIGURES / SCALE / f"{name}.png").read_bytes(), "run nbs/index.ipynb with --store, then docs/build.py --readme"
