@@ -47,4 +47,4 @@ def test_rows_say_where_they_come_from():
 @pytest.mark.parametrize("name", ["tradeoff", "gallery"])
 def test_the_readme_shows_the_committed_picture(name):
     shown = FIGURES.parent / f"docs/readme/fig-{name}.png"
-    assert shown.read_bytes() == (FIGURES / SCALE / f"{name}.png").read_bytes(), "run nbs/index.ipynb with --store, then docs/build.py --readme"
+    assert shown.read_bytes() == (FIGURES / SCALE / f"{name}.png").read_bytes(), "store the outputs of nbs/index.ipynb, then write the README"
