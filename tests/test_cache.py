@@ -139,7 +139,7 @@ def child(data, folder, log, ready, at, phase):
 def test_killed_at_random_moments(data, tmp_path):
     "SIGKILL: no file is torn, and only the unit in flight is computed again."
     context = multiprocessing.get_context("forkserver")  # here another test may have started autograd's threads
-    context.set_forkserver_preload(["advssl.pretrain", "advssl.suite", "lightning_fabric"])
+    context.set_forkserver_preload(["advssl.pretrain", "advssl.suite.scales", "lightning_fabric"])
     rng, folder, log = random.Random(0), tmp_path / "kept", tmp_path / "log"
     kept = lambda: {p: p.stat().st_mtime_ns for p in folder.glob("units/[!.]*")}
     expected, lost, before = whole(data), 0, {}

@@ -6,17 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from advssl import store
-from advssl.claims import Found, claim_rows, ensemble_rows, forest, judge, key_of, p_value, word_of
 from advssl.evaluate.compare import pack
 from advssl.evaluate.finetune import MODES
 from advssl.evaluate.statistics import Accuracy
-from advssl.ledger import CLAIMS, TOGETHER, Claim, Comparison, Side, needs, reported
 from advssl.method import methods, settings
-from advssl.published import published
-from advssl.store import CONTRADICTED, NO_DATA, SUPPORTED, UNDECIDED
-from advssl.suite import resolve, run_folder
-from advssl.targets import TARGETS
+from advssl.suite import store
+from advssl.suite.claims import Found, claim_rows, ensemble_rows, forest, judge, key_of, p_value, word_of
+from advssl.suite.ledger import CLAIMS, TOGETHER, Claim, Comparison, Side, needs, reported
+from advssl.suite.published import published
+from advssl.suite.scales import resolve, run_folder
+from advssl.suite.store import CONTRADICTED, NO_DATA, SUPPORTED, UNDECIDED
+from advssl.suite.targets import TARGETS
 
 SCALE, N = "demo", 1000
 METRICS = ("clean", "robust", "pgd", "eot")
@@ -129,7 +129,7 @@ def everything():
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda c: c.id)
 def test_taking_any_row_away_leaves_no_data(claim, monkeypatch):
-    monkeypatch.setattr("advssl.claims.p_value", lambda *_: 0.001)  # tested below, and slow
+    monkeypatch.setattr("advssl.suite.claims.p_value", lambda *_: 0.001)  # tested below, and slow
     found = everything()
     (whole,) = judge(found, SCALE, [claim])
     assert whole.word != NO_DATA and whole.screening
@@ -397,7 +397,7 @@ def test_an_ensemble_is_read_only_if_it_was_made_from_these_cells(tmp_path):
 
 
 def test_the_picture_has_a_line_for_each_claim(monkeypatch):
-    monkeypatch.setattr("advssl.claims.p_value", lambda *_: 0.001)
+    monkeypatch.setattr("advssl.suite.claims.p_value", lambda *_: 0.001)
     verdicts = judge(everything(), SCALE)
     fig = forest(verdicts)
     (ax,) = fig.axes

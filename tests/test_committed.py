@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from advssl.checkpoint import sha256
-from advssl.store import STORE, read_store
+from advssl.suite.store import STORE, read_store
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
 SCALE = "laptop"

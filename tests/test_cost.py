@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-import advssl.cost as cost
-from advssl.cost import alone, count, coverage, held_bytes, measure, measure_costs, median_interval, peak_bytes, repeat, trial
+import advssl.suite.cost as cost
 from advssl.encoders import BranchedBatchNorm
 from advssl.method import count_passes
-from advssl.passes import Passes, Record, multiplications, record
-from advssl.store import markdown_table
-from advssl.suite import get_scale
+from advssl.suite.cost import alone, count, coverage, held_bytes, measure, measure_costs, median_interval, peak_bytes, repeat, trial
+from advssl.suite.passes import Passes, Record, multiplications, record
+from advssl.suite.scales import get_scale
+from advssl.suite.store import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 B = 8  # images per step
@@ -305,7 +305,8 @@ def test_bench_writes_tables_with_their_origin(tmp_path, monkeypatch):
     assert bench.main(["--tiny", "--figures", str(tmp_path)]) == 0
     for part in bench.PARTS:
         text, table = (tmp_path / "bench" / f"{part}.md").read_text(), (tmp_path / "bench" / f"{part}.csv").read_text().splitlines()
-        assert text.startswith(f"**{part.capitalize()}**") and len(table) >= 2 and "plain / ours" in table[0] or part == "evaluation"
+        assert text.startswith(f"**{part.capitalize()}**") and "plain / ours" in table[0] or part == "evaluation"
+        assert len(table) == 1 + {"attacks": 2, "augmentation": 3, "contrast": 3, "bank": 1, "evaluation": 4}[part]
         sidecar = json.loads((tmp_path / "bench" / f"{part}.provenance.json").read_text())
         assert set(sidecar["files"]) == {f"{part}.md", f"{part}.csv"} and {"processor", "commit", "packages"} <= set(sidecar["provenance"])
 

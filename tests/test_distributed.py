@@ -12,7 +12,7 @@ from advssl.augment import Augment
 from advssl.data import load, stream
 from advssl.method import Views, methods, play
 from advssl.pretrain import PLAYERS, Loader, average_gradients, build
-from advssl.suite import resolve
+from advssl.suite.scales import resolve
 
 # beside every method at the smoke scale's recipe: forms that gather in other places
 FORMS = {f"{key} {what}": settings for key, what, settings in [

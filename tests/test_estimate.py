@@ -12,15 +12,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from advssl import cli, data, estimate, probe
-from advssl.cost import Trial, count, peak_bytes, trial
+from advssl import cli, data
 from advssl.encoders import Encoder
-from advssl.estimate import Estimate, behind, doubts, estimate_one, estimate_plan, estimate_run, scaled, tell
 from advssl.method import get_method
-from advssl.passes import Passes, record
 from advssl.pretrain import Run, training_code
-from advssl.probe import FEW, SHAPES, Pace, Tally, pool, stand_in, steps_of, tally, units
-from advssl.suite import job_name, resolve
+from advssl.suite import estimate, probe
+from advssl.suite.cost import Trial, count, peak_bytes, trial
+from advssl.suite.estimate import Estimate, behind, doubts, estimate_one, estimate_plan, estimate_run, scaled, tell
+from advssl.suite.passes import Passes, record
+from advssl.suite.probe import FEW, SHAPES, Pace, Tally, pool, stand_in, steps_of, tally, units
+from advssl.suite.scales import job_name, resolve
 
 # images
 
@@ -340,7 +341,7 @@ def typed(monkeypatch, tmp_path):
         calls["made"] += 1
         return 0
 
-    monkeypatch.setattr("advssl.reproduce.reproduce", make)
+    monkeypatch.setattr("advssl.suite.reproduce.reproduce", make)
     monkeypatch.setattr("lightning_fabric.Fabric.launch", lambda self: None)
 
     def call(*words, answer=None, terminal=True):

@@ -19,7 +19,7 @@ from advssl.export import constants, export_encoder, export_run, how_to_load, pl
 from advssl.features import Noisy
 from advssl.method import get_method, methods
 from advssl.pretrain import Run, restore
-from advssl.suite import resolve
+from advssl.suite.scales import resolve
 
 VIT = [k for k in methods() if get_method(k).backbone == "vit"]
 

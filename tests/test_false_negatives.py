@@ -17,7 +17,7 @@ from advssl.methods.acl import ACL
 from advssl.methods.false_negatives import AACL, ARoCL, FalseNegatives, most_similar, precision_recall, same_class
 from advssl.methods.rocl import RoCL
 from advssl.pretrain import Config, Run
-from advssl.suite import resolve
+from advssl.suite.scales import resolve
 
 examples = settings(max_examples=25, deadline=None)
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0])

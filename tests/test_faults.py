@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from advssl import checkpoint, cli, store
+from advssl import checkpoint, cli
 from advssl.pretrain import Run
-from advssl.suite import resolve
+from advssl.suite import store
+from advssl.suite.scales import resolve
 
 pytest.importorskip("papermill")
 pytest.importorskip("snakemake")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from execnb.nbio import read_nb
 
-from advssl import store
-from advssl.notebooks import NOTEBOOKS
 from advssl.pretrain import Run
-from advssl.suite import get_scale, resolve, run_folder
+from advssl.suite import store
+from advssl.suite.notebooks import NOTEBOOKS
+from advssl.suite.scales import get_scale, resolve, run_folder
 
 plt = pytest.importorskip("matplotlib.pyplot")
 

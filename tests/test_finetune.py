@@ -38,7 +38,7 @@ from advssl.features import Noisy
 from advssl.images import ImageSet, stratified, stream
 from advssl.masked import fix_position
 from advssl.method import Views, count_passes
-from advssl.suite import SCALES
+from advssl.suite.scales import SCALES
 from advssl.threat import L2, Linf
 
 QUICK = Tuning(epochs=2, lr=0.01, batch_size=40, augmentation="none", steps=2, heldout=0.2, judge_steps=2)  # a mirror changes the class

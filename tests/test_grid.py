@@ -9,11 +9,11 @@ from itertools import product
 import pytest
 import torch
 
-from advssl import grid, notebooks, reproduce, store, suite, targets
 from advssl.evaluate.finetune import MODES, TUNINGS, find_tuning
 from advssl.evaluate.protocol import result_key
 from advssl.evaluate.statistics import Accuracy
 from advssl.pretrain import pretrain
+from advssl.suite import grid, notebooks, reproduce, scales, store, targets
 from advssl.threat import make_threat
 
 pytest.importorskip("papermill")
@@ -58,11 +58,11 @@ def test_chosen_methods_bring_the_baseline_and_nothing_else():
     assert len(targets.cell_configs(GRID, "laptop")) == 3 * 28
 
 
-@pytest.mark.parametrize("scale", suite.SCALES)
+@pytest.mark.parametrize("scale", scales.SCALES)
 def test_every_scale_has_a_recipe_for_its_grid(scale):
     for mode in MODES:
-        recipe = suite.cell_recipe(mode, scale)
-        assert json.loads(json.dumps(recipe)) == recipe and recipe["eps"] == suite.get_scale(scale).eps[0]
+        recipe = scales.cell_recipe(mode, scale)
+        assert json.loads(json.dumps(recipe)) == recipe and recipe["eps"] == scales.get_scale(scale).eps[0]
     if scale == "cifar10":
         assert recipe["epochs"] == find_tuning("chen2020", "aff").epochs and recipe["loss"] == "ce"
 
@@ -77,8 +77,8 @@ def made(tmp_path_factory):
     plan = reproduce.plan(["pretrain_by_finetune", "ensemble"], "smoke", root / "runs", root / "figures")
     paths = {}
     for method, modes in (("adv-rotation", ("slf", "aff")), ("adv-jigsaw", ("aff",))):
-        config = suite.resolve(method, "smoke")
-        folder = suite.run_folder(root / "runs", "smoke", config)
+        config = scales.resolve(method, "smoke")
+        folder = scales.run_folder(root / "runs", "smoke", config)
         pretrain(config, folder)
         for mode in modes: paths[method, mode] = grid.finetune_cell(folder, mode)
     return root, plan, paths
@@ -109,7 +109,7 @@ def test_a_cell_is_not_repeated(made):
     old = json.loads(path.read_text())
     assert json.loads(grid.finetune_cell(path.parents[1], "slf").read_text())["evaluation"] == old["evaluation"]
     assert before == {name: (store.sha256(path.parent / name), (path.parent / name).stat().st_mtime_ns) for name in before}
-    reproduce.set_aside(path.parent, "adv-rotation", suite.cell_recipe("slf", "smoke"))
+    reproduce.set_aside(path.parent, "adv-rotation", scales.cell_recipe("slf", "smoke"))
     assert path.exists() and json.loads(path.read_text())["code"] == store.result_code("adv-rotation")
 
 
@@ -147,7 +147,7 @@ def test_a_stale_cell_is_set_aside_and_not_lost(made, tmp_path, what):
     _, _, paths = made
     folder = tmp_path / "0-abc/slf"
     shutil.copytree(paths["adv-rotation", "slf"].parent, folder)
-    recipe, pointer, row = suite.cell_recipe("slf", "smoke"), folder / "checkpoint.json", folder / "cell.json"
+    recipe, pointer, row = scales.cell_recipe("slf", "smoke"), folder / "checkpoint.json", folder / "cell.json"
     if what == "training": pointer.write_text(json.dumps(json.loads(pointer.read_text()) | {"code": "0" * 12}))
     if what == "evaluation": row.write_text(json.dumps(json.loads(row.read_text()) | {"code": "0" * 12}))
     reproduce.set_aside(folder, "adv-rotation", recipe | ({"lr": 1.0} if what == "recipe" else {}))
@@ -167,7 +167,7 @@ def test_the_job_of_the_workflow_makes_a_cell(made):
 def test_a_classifier_comes_back_without_training(made):
     root, _, paths = made
     (row,) = grid.cell_rows(root / "runs", "smoke", ENSEMBLE)["adv-jigsaw", "aff"]
-    test = suite.labelled("fashion", suite.get_scale("smoke")).test
+    test = scales.labelled("fashion", scales.get_scale("smoke")).test
     with torch.no_grad(): right = (grid.cell_classifier(row)(test.images / 255).argmax(1) == test.labels).sum()
     assert int(right) == row["evaluation"]["aff.clean"]["correct"]
 
@@ -210,10 +210,10 @@ HISTORY = {  # held-out robust accuracy by epoch: the baseline is at 0.4 of 500 
 
 def fabricate(runs, left_out=()):
     """A row for every cell, as if trained, but for those left out."""
-    judge = suite.get_scale("smoke")
+    judge = scales.get_scale("smoke")
     for method, mode in product(targets.PRETEXT, MODES):
         if (method, mode) in left_out: continue
-        config = suite.resolve(method, "smoke")
+        config = scales.resolve(method, "smoke")
         told = enumerate(HISTORY.get(method, (0.1, 0.2, 0.3)), 1)
         history = [{"epoch": e, "standard": 0.8, "robust": r, "objective": 1.0, "seconds": 2.0} for e, r in told]
         best = max(h["robust"] for h in history)
@@ -223,7 +223,7 @@ def fabricate(runs, left_out=()):
             | {"epoch": 3, "epochs": 3, "images": 400, "heldout_images": 500, "heldout_robust": best, "history": history},
             result_key(mode, f"pgd{judge.attack_steps}", make_threat(judge.norm, judge.eps[0])): Accuracy(robust, 500).to_json(),
         }
-        folder = suite.run_folder(runs, "smoke", config) / mode
+        folder = scales.run_folder(runs, "smoke", config) / mode
         store.write_result(folder, "smoke", config.to_json(), evaluation, {}, "cell.json", mode=mode)
 
 

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from advssl import notebooks, reproduce, store, suite, targets
 from advssl.evaluate.statistics import Accuracy
 from advssl.method import get_method, methods
+from advssl.suite import notebooks, reproduce, scales, store, targets
 
 pytest.importorskip("papermill")
 FAMILY = [k for k in methods() if "MIM" in get_method(k).card.base]
@@ -17,11 +17,11 @@ FAMILY = [k for k in methods() if "MIM" in get_method(k).card.base]
 def made(tmp_path_factory):
     """The target from rows that were written without training: a different accuracy for every run of the scale."""
     root = tmp_path_factory.mktemp("masked")
-    judge, values = suite.get_scale("smoke"), {}
+    judge, values = scales.get_scale("smoke"), {}
     for i, config in enumerate(targets.configs("smoke")):
         evaluation = {"knn.clean": Accuracy(i + 1, 200).to_json(), "linear.clean": Accuracy(i + 60, 200).to_json()}
         evaluation |= {f"linear.pgd{judge.attack_steps}.linf-{eps:.4g}": Accuracy(i % 50, 50).to_json() for eps in judge.eps}
-        store.write_result(suite.run_folder(root / "runs", "smoke", config), "smoke", config.to_json(), evaluation, {})
+        store.write_result(scales.run_folder(root / "runs", "smoke", config), "smoke", config.to_json(), evaluation, {})
         values[config.method, config.encoder] = evaluation
     parameters = {"scale": "smoke", "runs": str(root / "runs"), "figures": str(root / "figures")}
     notebooks.execute(reproduce.NOTEBOOKS / "masked.ipynb", root / "out.ipynb", parameters)
@@ -41,7 +41,7 @@ def test_masked_target_is_known():
 
 def test_masked_table_has_the_family_and_the_untrained_encoders(made):
     folder, _ = made
-    names, judge = [row["Method"] for row in lines(folder)], suite.get_scale("smoke")
+    names, judge = [row["Method"] for row in lines(folder)], scales.get_scale("smoke")
     assert names == ["Untrained", "Untrained", *[get_method(k).card.name for k in FAMILY]]
     encoders = {row["Method"]: row["Encoder"] for row in lines(folder)}
     assert all(encoders[get_method(k).card.name] == getattr(judge, get_method(k).backbone) for k in FAMILY)
@@ -58,7 +58,7 @@ def test_masked_numbers_are_those_of_the_rows(made):
             a = Accuracy.from_json(found[name])
             assert row[column] == f"{100 * a.value:.1f} [{100 * a.low:.1f}, {100 * a.high:.1f}]"
         robust = [c for c in row if c.startswith("PGD-5 at")]
-        assert len(robust) == len(suite.get_scale("smoke").eps) and all(row[c].endswith("]") for c in robust)
+        assert len(robust) == len(scales.get_scale("smoke").eps) and all(row[c].endswith("]") for c in robust)
 
 
 def test_masked_published_numbers_stand_apart_with_protocol_and_source(made):

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from advssl import notebooks, profiles, reproduce
+from advssl.suite import notebooks, profiles, reproduce
 
 yaml = pytest.importorskip("yaml")
 pytest.importorskip("snakemake")
@@ -108,7 +108,7 @@ def test_no_two_jobs_meet_on_a_gpu(tmp_path):
     say = "import os, sys, time; gpu = os.environ['CUDA_VISIBLE_DEVICES']\n"
     act = f"{say}log = open({str(log)!r}, 'a', buffering=1)\nprint(gpu, 'in', file=log); time.sleep(0.2); print(gpu, 'out', file=log)"
     hang = f"{say}print(gpu, flush=True); time.sleep(600)"
-    take = [sys.executable, "-c", "from advssl.profiles import on_a_gpu; on_a_gpu()", sys.executable, "-c"]
+    take = [sys.executable, "-c", "from advssl.suite.profiles import on_a_gpu; on_a_gpu()", sys.executable, "-c"]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "3,5", "TMPDIR": str(tmp_path)}
     victim = subprocess.Popen([*take, hang], env=env, stdout=subprocess.PIPE, text=True)
     held = victim.stdout.readline().strip()

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from advssl.method import methods
-from advssl.published import (
+from advssl.suite.published import (
     FILE,
     IDENTITY,
     KINDS,

@@ -11,15 +11,15 @@ import torchvision
 from PIL import Image
 from typer.testing import CliRunner
 
-from advssl import reproduce
 from advssl.cli import app
 from advssl.data import load
 from advssl.encoders import VITS
 from advssl.method import check_settings, get_method, methods, settings
 from advssl.methods.rocl import RoCL
 from advssl.pretrain import Config, Run, build
-from advssl.recipes import MAIN, describe, drawn, is_published, overview, recipe_rows, recipe_table
-from advssl.suite import FLAT, SCALES, departures, get_scale, resolve
+from advssl.suite import reproduce
+from advssl.suite.recipes import MAIN, describe, drawn, is_published, overview, recipe_rows, recipe_table
+from advssl.suite.scales import FLAT, SCALES, departures, get_scale, resolve
 
 KEYS = [key for key in methods() if key != "untrained"]
 GPU = [name for name, scale in SCALES.items() if scale.threads == 0]

@@ -12,7 +12,7 @@ import torch
 from advssl import checkpoint
 from advssl.method import get_method, methods
 from advssl.pretrain import Run
-from advssl.suite import resolve
+from advssl.suite.scales import resolve
 
 KEYS = [k for k in methods() if k != "untrained"]
 DIRECTIONS = {"caco": 2, "hybrid": 2}  # losses in one objective: each view is the query once
@@ -74,7 +74,7 @@ def train(folder, ready):
 def test_kill_9_at_random_moments(tmp_path):
     """SIGKILL, whenever it comes, leaves a readable checkpoint; the run that goes on ends with the same bits."""
     server = multiprocessing.get_context("forkserver")  # a process of its own, without waiting for the libraries each time
-    server.set_forkserver_preload(["advssl.pretrain", "advssl.suite", "lightning_fabric"])
+    server.set_forkserver_preload(["advssl.pretrain", "advssl.suite.scales", "lightning_fabric"])
 
     def start(name):
         process = server.Process(target=train, args=(tmp_path / name, ready := server.Event()))

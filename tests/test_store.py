@@ -3,7 +3,7 @@
 import subprocess
 from types import SimpleNamespace
 
-from advssl import store
+from advssl.suite import store
 
 
 def git(folder, *words):

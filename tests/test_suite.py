@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from advssl import notebooks, reproduce, store, suite, targets
 from advssl.method import get_method, methods
 from advssl.pretrain import build, restore
+from advssl.suite import notebooks, reproduce, scales, store, targets
 
 pytest.importorskip("papermill")
 pytest.importorskip("snakemake")
@@ -70,7 +70,7 @@ def test_children_stand_on_the_runs_beside_them(made):
         assert set(wish["parents"]) <= set(plan["jobs"])
         if not wish["parents"]: continue
         child, config = restore(root / "runs/smoke" / job)
-        for name, folder in suite.parent_folders(root / "runs", "smoke", config).items():
+        for name, folder in scales.parent_folders(root / "runs", "smoke", config).items():
             theirs, mine = restore(folder)[0].evaluated().state_dict(), getattr(child, name).state_dict()
             assert all(torch.equal(value, mine[key]) for key, value in theirs.items())
             assert not (root / "runs/smoke" / job / name).exists(), "the parent was trained a second time"
@@ -110,10 +110,10 @@ def test_evaluating_a_run_again_gives_its_row_and_changes_nothing(made):
     root, _ = made
     row = next(r for r in store.rows(root / "runs", "smoke") if r["method"] == "simclr")
     before = {p: store.sha256(p) for p in Path(row["folder"]).iterdir() if p.is_file()}
-    again = suite.evaluate_run(row["folder"], protocols=["knn"])
+    again = scales.evaluate_run(row["folder"], protocols=["knn"])
     assert again["knn.clean"] == row["evaluation"]["knn.clean"] and "linear.clean" not in again
     assert before == {p: store.sha256(p) for p in before}
-    with pytest.raises(ValueError, match="choose one of knn, linear, linear-10%"): suite.evaluate_run(row["folder"], protocols=["lp"])
+    with pytest.raises(ValueError, match="choose one of knn, linear, linear-10%"): scales.evaluate_run(row["folder"], protocols=["lp"])
 
 
 def test_changed_code_makes_a_row_stale_and_runs_it_again(made):
@@ -134,7 +134,7 @@ def test_changed_code_makes_a_row_stale_and_runs_it_again(made):
     assert graves and (graves[0] / "checkpoint.json").exists()  # set aside, not lost
 
 
-@pytest.mark.parametrize("scale", suite.SCALES)
+@pytest.mark.parametrize("scale", scales.SCALES)
 def test_every_method_has_a_complete_record_at_every_scale(scale):
     for config in targets.configs(scale): assert config == type(config)(**config.to_json())
 

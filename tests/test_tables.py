@@ -5,10 +5,10 @@ import csv
 import pytest
 import torch
 
-from advssl import notebooks, store, suite, targets
 from advssl.evaluate.compare import pack
 from advssl.evaluate.statistics import Accuracy
 from advssl.method import get_method
+from advssl.suite import notebooks, scales, store, targets
 
 pytest.importorskip("papermill")
 N = 400
@@ -21,7 +21,7 @@ def record(share, **more):
 
 def attacked(protocol, name, share):
     return {
-        f"{protocol}.{name}.linf-{eps:.4g}": record(share - i / 10, attack=name) for i, eps in enumerate(suite.get_scale("smoke").eps)
+        f"{protocol}.{name}.linf-{eps:.4g}": record(share - i / 10, attack=name) for i, eps in enumerate(scales.get_scale("smoke").eps)
     }
 
 
@@ -29,7 +29,7 @@ def attacked(protocol, name, share):
 def made(tmp_path_factory):
     """Both targets from rows that were written without training."""
     root = tmp_path_factory.mktemp("tables")
-    judge = suite.get_scale("smoke")
+    judge = scales.get_scale("smoke")
     robust = {"simclr": 0.2, "acl": 0.5, "deacl": 0.5, "rush": 0.9, "adv-rotation": 0.4}
     for config in targets.configs("smoke"):
         if config.method not in (*robust, "untrained"):
@@ -45,13 +45,13 @@ def made(tmp_path_factory):
             found |= attacked("linear", f"eot{judge.attack_steps}", 0.7)
         if config.method == "acl":
             found |= attacked("linear", "autoattack", 0.45)
-        folder = suite.run_folder(root / "runs", "smoke", config)
+        folder = scales.run_folder(root / "runs", "smoke", config)
         store.write_result(folder, "smoke", config.to_json(), found, {})
         if config.method == "adv-rotation":
             cell = {"aff.clean": record(0.8), "robust_images": N} | attacked("aff", f"pgd{judge.attack_steps}", 0.6)
             store.write_result(folder / "aff", "smoke", config.to_json(), cell, {}, "cell.json", mode="aff")
-    own = suite.resolve("acl", "smoke", 0, {"temperature": 0.7})  # somebody's own run is no row of the scale
-    store.write_result(suite.run_folder(root / "runs", "smoke", own), "smoke", own.to_json(), {"linear.clean": record(0.99)}, {})
+    own = scales.resolve("acl", "smoke", 0, {"temperature": 0.7})  # somebody's own run is no row of the scale
+    store.write_result(scales.run_folder(root / "runs", "smoke", own), "smoke", own.to_json(), {"linear.clean": record(0.99)}, {})
     for name in ("robustness", "linear"):
         notebooks.execute(
             notebooks.NOTEBOOKS / f"{name}.ipynb",
@@ -91,7 +91,7 @@ def test_published_numbers_have_columns_that_say_what_they_are(made):
 
 def test_attacks_are_never_mixed_and_stochastic_models_are_judged_by_eot(made):
     table = {row["Method"]: row for row in lines(made, "robustness") if row["Protocol"] == "linear"}
-    eps = suite.get_scale("smoke").eps[0]
+    eps = scales.get_scale("smoke").eps[0]
     pgd, auto = f"PGD-5 at {eps:.3g}, %", f"AutoAttack at {eps:.3g}, %"
     assert table["ACL"][pgd].startswith("50.0") and table["ACL"][auto].startswith("45.0") and table["SimCLR"][auto] == ""
     assert table["RUSH"][pgd].startswith("70.0") and "(EOT; one draw a gradient leaves 90.0)" in table["RUSH"][pgd]

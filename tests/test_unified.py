@@ -14,7 +14,7 @@ from advssl.method import Views, count_passes, get_method, play
 from advssl.methods.acl import ACL
 from advssl.methods.mae import MAE
 from advssl.methods.unified import Unified
-from advssl.suite import resolve
+from advssl.suite.scales import resolve
 
 TINY = {"mask_ratio": 0.5, "decoder_dim": 8}
 SIZES = {"hidden_dim": 8, "embedding_dim": 5}

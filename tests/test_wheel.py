@@ -51,7 +51,7 @@ def test_it_runs_without_the_repository(wheel, tmp_path):
     """The methods are listed, a target is made and a profile is found by the installed copy, far from any checkout."""
     site = wheel[1]
     env = {k: v for k, v in os.environ.items() if not k.startswith("ADVSSL_")} | {"PYTHONPATH": str(site)}
-    where = "import advssl, advssl.notebooks as n; print(advssl.__file__, n.NOTEBOOKS, advssl.__version__)"
+    where = "import advssl, advssl.suite.notebooks as n; print(advssl.__file__, n.NOTEBOOKS, advssl.__version__)"
     file, notebooks, version = run("-c", where, cwd=tmp_path, env=env).split()
     assert Path(file) == site / "advssl/__init__.py" and Path(notebooks) == site / "advssl/experiments"
     assert version in wheel[0].name

@@ -114,7 +114,7 @@ class CaCo(Method):
         embed = nn.Sequential(self.encoder, self.projector)
         q1, q2, *small = (unit(embed(getattr(views, name))) for name in ("strong1", "strong2", *self.crops))
         y1, y2 = (self.bank.nearest(unit(self.slow(x))) for x in (views.strong1, views.strong2))  # Eq. (1)
-        self.log(**self.bank.metrics(q1[:64].detach(), positives=y2[:64]))
+        self.log(**self.bank.metrics(q1[:16].detach(), positives=y2[:16]))  # a few queries: means over many steps are logged
         pairs = [self.contrast(q1, y2), self.contrast(q2, y1)] + [self.contrast(q, y1, y2) for q in small]
         weights = [0.5 if small else 1.0] * 2 + [1 / len(small) for _ in small]  # Eq. (2) or (8)
         losses, pulls = zip(*pairs)
