@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help venv reproduce bench test lint notebooks docs outputs faults clean
+.PHONY: help venv reproduce bench test lint notebooks docs outputs faults recipes clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ outputs: venv  ## run every notebook and store its outputs
 
 faults: venv  ## kill the suite at twenty random moments; minutes
 	$(BIN)/pytest -m faults tests/test_faults.py
+
+recipes: venv  ## one step of every recipe of every scale for GPUs, on this processor; minutes
+	$(BIN)/pytest -m recipes tests/test_recipes.py
 
 clean:  ## remove what was built, but no runs and no figures
 	rm -rf _md _site _proc build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -1,5 +1,6 @@
 """Recipes: what is stated has a source, no source is lost on the way to a record, and every recipe for a GPU takes one step on a CPU."""
 
+import itertools
 import json
 import pickle
 from dataclasses import fields, replace
@@ -205,7 +206,7 @@ def test_the_whole_suite_can_be_planned(scale, tmp_path):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """CIFAR-10, CIFAR-100 and ImageNet in their real formats, with random pixels: 50, 10 and 12 training images."""
+    """All data sets of these scales in their real formats, with random pixels and 10 to 50 training images."""
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for kind, classes in ((torchvision.datasets.CIFAR10, 10), (torchvision.datasets.CIFAR100, 100)):
         folder = root / kind.base_folder
@@ -214,23 +215,26 @@ def root(tmp_path_factory):
             x, y = rng.integers(0, 256, (10, 3072), np.uint8), (np.arange(10) % classes).tolist()
             (folder / name).write_bytes(pickle.dumps({"data": x, "fine_labels" if classes == 100 else "labels": y}))
         (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: [f"c{k}" for k in range(classes)]}))
-    for part in ("train", "val"):
-        for i in range(12):
-            folder = root / "imagenet" / part / f"n0{i % 3}"
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (60, 60, 3), np.uint8)).save(folder / f"{i}.png")
+    stl10 = root / torchvision.datasets.STL10.base_folder
+    stl10.mkdir()
+    for name, n in (("train", 10), ("test", 10), ("unlabeled", 20)):
+        rng.integers(0, 256, (n, 3, 96, 96), np.uint8).tofile(stl10 / f"{name}_X.bin")
+        if name != "unlabeled": (np.arange(n, dtype=np.uint8) % 10 + 1).tofile(stl10 / f"{name}_y.bin")
+    (stl10 / "class_names.txt").write_text("\n".join(f"c{k}" for k in range(10)))
+    for part, i in itertools.product(("imagenet/train", "imagenet/val", "imagenet100/train", "imagenet100/val"), range(12)):
+        folder = root / part / f"n0{i % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (60, 60, 3), np.uint8)).save(folder / f"{i}.png")
     with pytest.MonkeyPatch.context() as patch:  # torchvision compares the md5 of the real files
-        patch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: True)
+        for kind in ("cifar", "stl10"): patch.setattr(f"torchvision.datasets.{kind}.check_integrity", lambda path, md5=None: True)
         yield root
 
 
 class Small(Run):
-    """A run on ImageNet whose images are kept at another size."""
-
-    side = None
+    """A run on ImageNet whose images are kept at another size: 224 pixels for transformers, 64 for the others."""
 
     def materials(self):
-        pool = load(self.config.data, self.root, size=self.side).train
+        pool = load(self.config.data, self.root, size=224 if self.config.encoder in VITS else 64).train
         return pool, build(self.config, *pool.images.shape[1:3])
 
 
@@ -274,12 +278,10 @@ def test_one_step_on_cifar100(key, root, tmp_path):
 @pytest.mark.parametrize("key", MASKED)
 def test_one_step_on_imagenet_with_vit_base(key, root, tmp_path, monkeypatch):
     """ViT-B at 224 pixels, for MAE with all its blocks, for the others with two of the twelve; one step of an attack instead of five."""
-    class At224(Small): side = 224
-
     config = tiny(resolve(key, "imagenet"), 1)
     assert config.encoder == "vit_base" and VITS["vit_base"] == (16, 768, 12, 12)
     if key != "mae": monkeypatch.setitem(VITS, "vit_base", (16, 768, 2, 12))
-    one_step(config, tmp_path, root, At224)
+    one_step(config, tmp_path, root, Small)
 
 
 AT_HOME = ["simclr", "moco-v2", "adco", "caco", "mochi", "ifm", "hcl", "byol"]
@@ -288,7 +290,15 @@ AT_HOME = ["simclr", "moco-v2", "adco", "caco", "mochi", "ifm", "hcl", "byol"]
 @pytest.mark.parametrize("key", [*AT_HOME, "acl", "deacl", "adv-selfie"])
 def test_one_step_on_imagenet(key, root, tmp_path):
     """ResNet-18 at 64 pixels in the place of ResNet-50; three defences for all, which have the scale's recipe; one step of an attack."""
-    class At64(Small): side = 64
-
     config = resolve(key, "imagenet", 0, {"encoder": "resnet18"})
-    one_step(tiny(config, 1), tmp_path, root, At64)
+    one_step(tiny(config, 1), tmp_path, root, Small)
+
+
+@pytest.mark.recipes
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("scale", GPU)
+def test_one_step_of_every_recipe(scale, key, root, tmp_path):
+    """All of them with all steps of their attacks: transformers whole, ViT-B on ImageNet; the others with ResNet-18."""
+    config = resolve(key, scale)
+    if key not in MASKED: config = resolve(key, scale, 0, {"encoder": "resnet18"})
+    one_step(tiny(config, None), tmp_path, root, Small if "imagenet" in scale else Run)
