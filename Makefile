@@ -22,8 +22,7 @@ reproduce: venv  ## train, evaluate and draw the demo suite into figures/demo/
 bench: venv  ## single parts beside the plain forms that they replace, into figures/bench/
 	$(BIN)/python tools/bench.py
 
-test: venv lint notebooks  ## all that CI runs: exports, notebooks, lint, docs, tests
-	$(BIN)/python docs/build.py
+test: venv lint notebooks  ## all that CI runs: lint, notebooks, tests; the docs' strict build is one of these
 	$(BIN)/pytest -n auto --dist loadfile
 
 lint: venv  ## ruff and the import contract

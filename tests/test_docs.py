@@ -315,6 +315,10 @@ def site(tmp_path_factory) -> Path:
     return out
 
 
+def test_the_whole_site_builds_strictly(site):
+    assert (site / "index.html").exists() and (site / "search/search_index.json").stat().st_size > 100_000
+
+
 @pytest.fixture(scope="module")
 def served(site):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from advssl import cli
 from advssl.method import get_method, methods
 from advssl.pretrain import build, restore
 from advssl.suite import notebooks, reproduce, scales, store, targets
@@ -92,7 +93,7 @@ def test_a_second_call_does_nothing(made):
     assert not changed
 
 
-def test_tables_and_figures_are_redrawn_from_the_store_alone(made, tmp_path):
+def test_tables_and_figures_are_redrawn_from_the_store_alone(made, tmp_path, monkeypatch, capsys):
     root, _ = made
     first = root / "figures/smoke"
     (tmp_path / "smoke").mkdir()
@@ -102,8 +103,8 @@ def test_tables_and_figures_are_redrawn_from_the_store_alone(made, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     for path in first.iterdir():
         if not path.name.endswith(".provenance.json"): assert path.read_bytes() == (tmp_path / "smoke" / path.name).read_bytes(), path.name
-    done = subprocess.run([*words[:-1], str(tmp_path / "elsewhere")], capture_output=True, text=True)
-    assert done.returncode == 2 and "there is no store of rows" in done.stderr and not (tmp_path / "elsewhere").exists()
+    said = refused([*words[3:-1], str(tmp_path / "elsewhere")], monkeypatch, capsys)
+    assert "there is no store of rows" in said and not (tmp_path / "elsewhere").exists()
 
 
 def test_evaluating_a_run_again_gives_its_row_and_changes_nothing(made):
@@ -145,10 +146,18 @@ def test_the_runs_of_a_target_can_be_built(target):
         for config in group: assert isinstance(build(config, 1, 28), get_method(config.method)), label
 
 
-def test_wrong_words_write_nothing(tmp_path):
-    for words in (("table3",), ("--scale", "huge")):
-        done = subprocess.run([sys.executable, "-m", "advssl", "reproduce", *words], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 2 and "choose" in done.stderr and not list(tmp_path.iterdir())
+def refused(words: list[str], monkeypatch, capsys) -> str:
+    """What `advssl` says to words that it refuses, called in this process."""
+    monkeypatch.setattr(sys, "argv", ["advssl", *words])
+    with pytest.raises(SystemExit) as end: cli.main()
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["table3"], ["--scale", "huge"]])
+def test_wrong_words_write_nothing(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "choose" in refused(["reproduce", *words], monkeypatch, capsys) and not list(tmp_path.iterdir())
 
 
 def test_an_unknown_parameter_is_an_error(tmp_path):
