@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .processes import own_rows
-from .threat import Ball
+from .threat import Ball, check_ball
 
 # %% ../nbs/1_foundations/20_attack.ipynb #1da0f144
 @contextmanager
@@ -95,6 +95,7 @@ def _walk(
     objective, x, threat, steps, step_size, start, sign, pixels, clip_start, last, generator, score_last
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     "The iterates of Eq. (6) and their values."
+    check_ball(threat)
     if not x.is_floating_point():
         raise ValueError(f"images must be floating point in [0, 1], got {x.dtype}: divide uint8 images by 255")
     if pixels is not None and x.device.type == "cpu" and out_of_range(x, pixels):
@@ -219,6 +220,7 @@ class Perturbation:
     last: str = "clip"  # "clip" or "project"
 
     def __post_init__(self):
+        check_ball(self.threat)
         _check(self.steps, self.step_size, self.start, self.sign, self.pixels, self.last, self.keep)
 
     def find(

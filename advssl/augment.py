@@ -135,8 +135,9 @@ class Recipe:
         if self.crop and not 0 < self.crop[0] <= self.crop[1] <= 1:
             raise ValueError(f"crop is a range of area shares, 0 < low <= high <= 1; got {self.crop}")
         if self.crop and self.pad: raise ValueError("use crop or pad, not both: set crop=None or pad=0")
-        if min(self.jitter) < 0 or self.jitter[3] > 0.5:
-            raise ValueError(f"jitter ranges are >= 0 and that of the hue at most 0.5; got {self.jitter}: lower the strength")
+        if not isinstance(self.pad, int) or self.pad < 0: raise ValueError(f"pad is a whole number of pixels >= 0; got {self.pad}")
+        if len(self.jitter) != 4 or not all(0 <= j < math.inf for j in self.jitter) or self.jitter[3] > 0.5:
+            raise ValueError(f"jitter is four ranges >= 0, that of the hue at most 0.5; got {self.jitter}: lower the strength")
         if not 0 < self.scale <= 1: raise ValueError(f"scale is a share of the image's side, 0 < scale <= 1; got {self.scale}")
         for name in ("flip", "jitter_p", "gray", "blur"):
             if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name} is a probability; got {getattr(self, name)}")

@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .processes import place
+
 # %% ../nbs/1_foundations/40_bank.ipynb #e7999189
 class Queue(nn.Module):
     "The last `size` keys, first in, first out. MoCo."
@@ -129,8 +131,9 @@ class LearnableBank(nn.Module):
     def _unit(self):
         "Lengths and directions of the slots, computed once for each change of `W`."
         if self._cache is None or self._cache[0] is not self.W or self._cache[1] != self.W._version:
-            norm = self.W.norm(dim=1, keepdim=True)
-            self._cache = self.W, self.W._version, norm, self.W / norm
+            with torch.inference_mode(False):  # a later loss may need them for its backward pass
+                norm = self.W.norm(dim=1, keepdim=True)
+                self._cache = self.W, self.W._version, norm, self.W / norm
         return self._cache[2:]
 
     def __getstate__(self): return {**self.__dict__, "_cache": None}  # a copy has a W of its own
@@ -191,7 +194,7 @@ class LearnableBank(nn.Module):
             raise ValueError(f"give pulls of shape {tuple(self.W.shape)} and a weight for each, got {[tuple(u.shape) for u in pulls]} and weights {weights}")
         total = weights[0] * pulls[0]
         for weight, u in zip(weights[1:], pulls[1:], strict=True): total.add_(u, alpha=weight)
-        if dist.is_available() and dist.is_initialized(): dist.all_reduce(total.div_(dist.get_world_size()))
+        if (world := place()[1]) > 1: dist.all_reduce(total.div_(world))
         norm, directions = self._unit()
         self.velocity.mul_(self.momentum).sub_(to_tangent(total, directions, norm)).add_(self.W, alpha=self.weight_decay)
         self.W.sub_(self.velocity, alpha=self.lr)
@@ -220,7 +223,7 @@ class LearnableBank(nn.Module):
     @_exact
     def sync(self) -> None:
         "Give all processes the slots of the first one. `fill` does it; without `fill`, call it once on the device of the run."
-        if not (dist.is_available() and dist.is_initialized()): return
+        if place()[1] == 1: return
         for buffer in (self.W, self.velocity): dist.broadcast(buffer, src=0)
         self._cache = None
 

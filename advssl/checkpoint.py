@@ -86,7 +86,10 @@ def load(
     "Load the current checkpoint of a run, or refuse with the reason."
     folder = Path(folder)
     if not (folder / POINTER).exists(): return None
-    paths, pointer = [], json.loads((folder / POINTER).read_text())
+    paths = []
+    try: pointer = json.loads((folder / POINTER).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / POINTER} is damaged ({error}): remove {folder} to start the run afresh") from error
     for name, expected in pointer["files"].items():
         path = folder / name
         if not path.exists(): raise ValueError(f"{path} is missing: remove {folder} to start the run afresh")
@@ -141,6 +144,7 @@ def _imports(module: str) -> list[str]:
     found = []
     home = module if importlib.util.find_spec(module).submodule_search_locations else module.rpartition(".")[0]
     for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.Import): found += [a.name for a in node.names if a.name.startswith("advssl.")]
         if not isinstance(node, ast.ImportFrom): continue
         source = importlib.util.resolve_name("." * node.level + (node.module or ""), home)
         if source.split(".")[0] != "advssl": continue

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['FASHION_SHA256', 'FASHION_CLASSES', 'unpacked', 'FASHION_FILES', 'LOADERS', 'Splits', 'read_npz', 'fashion',
-           'read_idx', 'missing', 'fashion_full', 'explained', 'cifar', 'stl10', 'decode', 'folder_stamp', 'convert',
-           'mapped', 'image_folders', 'load', 'ImageSet', 'batches', 'few_labels', 'split', 'stratified', 'stream']
+           'read_idx', 'fetch', 'missing', 'fashion_full', 'explained', 'cifar', 'stl10', 'decode', 'folder_stamp',
+           'convert', 'mapped', 'image_folders', 'load', 'ImageSet', 'batches', 'few_labels', 'split', 'stratified',
+           'stream']
 
 # %% ../nbs/1_foundations/80_data.ipynb #f3a379cc
+import fcntl
 import gzip
 import hashlib
 import io
@@ -16,6 +18,7 @@ import os
 import shutil
 import struct
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -98,19 +101,33 @@ def read_idx(
     return body.reshape(shape).copy()
 
 # %% ../nbs/1_foundations/80_data.ipynb #daa23003
-def missing(name: str, where: Path, cure: str) -> FileNotFoundError:
+def fetch(
+    name: str,  # of a data set that torchvision can fetch
+) -> str:  # end of a sentence
+    "The cure that fetches it."
+    return f"run `python -c \"from advssl.data import load; load('{name}', download=True)\"`."
+
+
+def missing(
+    name: str,  # of the data set
+    where: Path,  # the folder in which its files were sought
+    cure: str,  # a sentence
+) -> FileNotFoundError:  # to be raised
     "The error for files that are not there, in one form for all sets."
     return FileNotFoundError(f"{name}: no intact files in {where}. {cure} The folder of all data sets is `root`, or the variable ADVSSL_DATA.")
 
 
-def fashion_full(root: Path, download: bool = False) -> Splits:
+def fashion_full(
+    root: Path,  # folder of all data sets
+    download: bool = False,  # let torchvision fetch what is missing
+) -> Splits:
     "All of Fashion-MNIST, 60,000 + 10,000 images, from the gzipped files of its authors (or Debian's package)."
     if download: datasets.FashionMNIST(root, download=True)
     wanted = [f"{f}.gz" for pair in FASHION_FILES.values() for f in pair]
     places = root / "fashion-mnist", root / "FashionMNIST" / "raw", Path("/usr/share/datasets/fashion-mnist")
     place = next((p for p in places if all((p / f).exists() for f in wanted)), None)
     if place is None:
-        raise missing("fashion-full", places[0], f"Put {', '.join(wanted)} there, install Debian's dataset-fashion-mnist, or pass download=True.")
+        raise missing("fashion-full", places[0], f"Put {', '.join(wanted)} there, install Debian's dataset-fashion-mnist, or {fetch('fashion-full')}")
     return Splits(*[
         ImageSet(torch.from_numpy(read_idx(place / f"{x}.gz"))[:, None], torch.from_numpy(read_idx(place / f"{y}.gz")).long(), FASHION_CLASSES, f"fashion-full/{s}")
         for s, (x, y) in FASHION_FILES.items()
@@ -118,14 +135,23 @@ def fashion_full(root: Path, download: bool = False) -> Splits:
 
 # %% ../nbs/1_foundations/80_data.ipynb #7d91ce45
 @contextmanager
-def explained(name: str, where: Path, url: str):
+def explained(
+    name: str,  # of the data set
+    where: Path,  # the folder of its files
+    url: str,  # from where they come
+) -> Iterator[None]:
     "Turn torchvision's `not found or corrupted` into an error that says what to do."
     try: yield
     except RuntimeError as e:
-        raise missing(name, where, f"Unpack {url} into {where.parent}, or pass download=True.") from e
+        raise missing(name, where, f"Unpack {url} into {where.parent}, or {fetch(name)}") from e
 
 
-def cifar(name: str, kind: type, root: Path, download: bool = False) -> Splits:
+def cifar(
+    name: str,  # "cifar10" or "cifar100"
+    kind: type,  # torchvision's class
+    root: Path,  # folder of all data sets
+    download: bool = False,  # let torchvision fetch what is missing
+) -> Splits:
     "CIFAR-10 or CIFAR-100 (fine labels): 50,000 + 10,000 images, 3x32x32, in the python version's files."
     def part(s):
         d = kind(root, train=s == "train", download=download)
@@ -133,7 +159,10 @@ def cifar(name: str, kind: type, root: Path, download: bool = False) -> Splits:
     with explained(name, root / kind.base_folder, kind.url): return Splits(part("train"), part("test"))
 
 
-def stl10(root: Path, download: bool = False) -> Splits:
+def stl10(
+    root: Path,  # folder of all data sets
+    download: bool = False,  # let torchvision fetch what is missing
+) -> Splits:  # train, test and unlabelled
     "STL-10: 5,000 + 8,000 labelled and 100,000 unlabelled images, 3x96x96 (2.8 GB), in the binary files."
     def part(s):
         d = datasets.STL10(root, split=s.replace("unlabelled", "unlabeled"), download=download)
@@ -196,8 +225,12 @@ def mapped(
 ) -> ImageSet:  # its images are mapped from the file
     "A folder of images as an ImageSet; converted on first use, and again when the folder has changed."
     about = out.with_suffix(".json")
-    if not about.exists() or (folder.exists() and json.loads(about.read_text())["folder"] != folder_stamp(folder)):
-        convert(folder, out, size)
+    changed = lambda: not about.exists() or (folder.exists() and json.loads(about.read_text())["folder"] != folder_stamp(folder))
+    if changed():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of jobs that start together one converts, and the others find it done
+            if changed(): convert(folder, out, size)
     a = json.loads(about.read_text())
     shape = (sum(a["counts"]), 3, size, size)
     total = 3 * size**2 * shape[0]
@@ -208,7 +241,11 @@ def mapped(
     return ImageSet(images, labels, tuple(a["classes"]), name, a["sha256"])
 
 
-def image_folders(name: str, root: Path, size: int = 256) -> Splits:
+def image_folders(
+    name: str,  # of the folder in `root`
+    root: Path,  # folder of all data sets
+    size: int = 256,  # pixels of the side
+) -> Splits:
     "ImageNet or a part of it: root/name/train and root/name/val with one folder for each class; the folders decide the classes."
     home = root / name
     parts = {s: home / f"{size}px" / f"{s}.bytes" for s in ("train", "val")}

@@ -95,13 +95,15 @@ class Encoder(nn.Module):
         self,
         x: Tensor,  # images in [0, 1], shape (n, channels, height, width)
     ) -> Tensor:  # features, shape (n, out_dim)
+        if not x.is_floating_point():
+            raise ValueError(f"an encoder reads floating point images in [0, 1], got {x.dtype}: divide uint8 images by 255")
         if self.image_size not in (None, x.shape[-1]):
             raise ValueError(f"this encoder reads images of {self.image_size} pixels only, got {x.shape[-1]}: views of several sizes need a convolutional one")
         return self.backbone(self.normalise(x))
 
 # %% ../nbs/1_foundations/60_encoders.ipynb #1499c088
 def make_encoder(
-    name: str,  # "small_convnet", a key of VITS, or any timm ResNet name such as "resnet18"
+    name: str,  # "small_convnet", a key of VITS, or a timm ResNet; for small images one with a single first convolution, such as "resnet18"
     in_channels: int = 1,  # channels of the image, 1 or 3
     image_size: int = 28,  # height and width in pixels; up to 64 selects the small-image stem of ResNets
 ) -> Encoder:
@@ -115,8 +117,12 @@ def make_encoder(
         if image_size % patch:
             raise ValueError(f"{name} cuts patches of {patch} pixels, which do not tile {image_size}: resize the images")
         backbone = VisionTransformer(image_size, patch, in_channels, 0, "avg", dim, depth, heads, fc_norm=False)
-    elif name.startswith("resnet") and timm.is_model(name):
+    elif name.startswith("resnet") and "." not in name and timm.is_model(name):
         backbone = timm.create_model(name, num_classes=0, in_chans=in_channels)
+        if image_size <= 64 and not isinstance(getattr(backbone, "conv1", None), nn.Conv2d):
+            raise ValueError(
+                f"{name} has no single first convolution to replace for images of {image_size} pixels: choose a plain timm ResNet such as resnet18"
+            )
         if image_size <= 64: small_image_stem(backbone, in_channels)
     else:
         raise ValueError(f"unknown encoder {name!r}: choose small_convnet, {', '.join(VITS)} or a timm ResNet")
@@ -220,7 +226,8 @@ def mlp_head(
     last_batch_norm: bool = False,  # BatchNorm without affine parameters after the last layer
 ) -> nn.Sequential:
     "Projector or predictor: linear layers with ReLU between them."
-    if layers < 1: raise ValueError(f"a head needs at least one layer, got {layers}")
+    if min(in_dim, hidden_dim, out_dim, layers) < 1:
+        raise ValueError(f"a head needs widths and layers of at least 1, got {in_dim}, {hidden_dim}, {out_dim} and {layers} layers")
     sizes = [in_dim] + [hidden_dim] * (layers - 1) + [out_dim]
     head = nn.Sequential()
     for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):

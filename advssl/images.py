@@ -69,6 +69,7 @@ class ImageSet:
     ) -> "ImageSet":  # images rounded to bytes
         "A set of your own from float images; refuses NaN and values outside [0, 1]."
         check_images(images)
+        if not images.is_floating_point(): raise ValueError(f"images are float in [0, 1]; got {images.dtype}: bytes go to ImageSet itself")
         return cls((images * 255).round().byte(), labels, tuple(classes), name)
 
     def subset(

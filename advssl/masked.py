@@ -69,8 +69,9 @@ def visible_indices(
     visible: int | None = None,  # visible tokens per row where known; None: counted, which waits for a GPU
 ) -> Tensor:  # int64, shape (n, visible), ascending in each row
     "Indices of the visible tokens."
+    if mask.dtype != torch.bool: raise ValueError(f"mask must be boolean, True where hidden; got {mask.dtype}")
     if visible is None or mask.device.type == "cpu":  # checked wherever looking at values costs no synchronisation
-        counts = set((~mask).sum(1).tolist())
+        counts = set((~mask).sum(1).tolist()) or {visible or 0}  # an empty batch has no rows to count
         if len(counts) > 1 or visible not in counts | {None}:
             raise ValueError(f"rows have {sorted(counts)} visible tokens, not {visible or 'equally many'}: use random_masks, or an encoder with insert=True")
         visible = counts.pop()
@@ -222,6 +223,7 @@ class MaskedDecoder(nn.Module):
         heads: int = 4,  # attention heads
     ):
         super().__init__()
+        if min(dim, heads) < 1 or depth < 0: raise ValueError(f"dim and heads are at least 1 and depth at least 0, got {dim}, {heads} and {depth}")
         if dim % heads: raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
         self.prefix, self.grid = vit.num_prefix_tokens, vit.patch_embed.grid_size
         self.embed = nn.Linear(vit.embed_dim, dim)

@@ -162,8 +162,12 @@ REGISTRY: dict[str, type[Method]] = {}
 def register(
     cls: type[Method],  # a method with a card
 ) -> type[Method]:  # the same class
-    "Enter a method under its card's name in lower case."
-    REGISTRY[cls.card.name.lower()] = cls
+    "Enter a method under its card's name in lower case. Of two modules with one name the second is refused; a notebook's class replaces."
+    name, package = cls.card.name.lower(), "advssl.methods."
+    other = REGISTRY.get(name, cls).__module__
+    if other != cls.__module__ and other.startswith(package) and cls.__module__.startswith(package):
+        raise ValueError(f"{cls.__module__} and {other} both register {cls.card.name!r}: give one of the cards another name")
+    REGISTRY[name] = cls
     return cls
 
 

@@ -8,6 +8,7 @@ __all__ = ['PLAYERS', 'ON_DEVICE', 'OPTIMIZERS', 'Config', 'make_optimizer', 'ma
 
 # %% ../nbs/1_foundations/95_pretrain.ipynb #5a7b2d9f
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,7 @@ from .checkpoint import code_digest
 from .data import ImageSet, batches, load, stream
 from .encoders import make_encoder
 from .method import Method, Player, Views, check_settings, get_method, play, settings
+from .processes import place
 
 # %% ../nbs/1_foundations/95_pretrain.ipynb #4101313a
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Config:
     lr: float = 3e-3  # peak learning rate for this batch size
     weight_decay: float = 1e-4  # not applied to biases and normalisation unless decay_all
     decay_all: bool = False  # decay every parameter, as some official codes do
-    warmup_epochs: float = 1.0  # linear warm-up, then half a cosine to zero, both per step
+    warmup_epochs: float = 1.0  # linear warm-up, then a cosine over as many steps as the run has, both per step
     precision: str = "32-true"  # "32-true" or "bf16-mixed"
     channels_last: bool = False  # memory layout of images and convolutions
     compile: bool = False  # torch.compile of the encoder
@@ -53,10 +55,12 @@ class Config:
     parents: dict = field(default_factory=dict)  # complete records of the runs it stands on, by name; what is left out follows this run
 
     def __post_init__(self):
-        positive = {"batch_size": self.batch_size, "lr": self.lr}
-        for name, value in positive.items():
-            if value <= 0: raise ValueError(f"{name} must be > 0, got {value}")
-        if self.epochs < 0: raise ValueError(f"epochs must be >= 0, got {self.epochs}")
+        for name in ("batch_size", "lr"):
+            if not 0 < getattr(self, name) < math.inf: raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)}")
+        for name in ("seed", "images", "weight_decay", "warmup_epochs", "threads"):
+            if not 0 <= getattr(self, name) < math.inf: raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
+        if self.seed >= 2**63: raise ValueError(f"seed must be less than 2**63, got {self.seed}")
+        if self.epochs < 1: raise ValueError(f"epochs must be >= 1, got {self.epochs}: the baseline without training is the method untrained")
         if self.optimizer not in OPTIMIZERS: raise ValueError(f"unknown optimizer {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
         if self.precision not in ("32-true", "bf16-mixed"): raise ValueError(f"precision must be 32-true or bf16-mixed, got {self.precision!r}")
         self.complete()
@@ -99,6 +103,8 @@ def make_optimizer(
     config: Config,
 ) -> torch.optim.Optimizer:
     "The player's optimizer: the run's, with the departures that the player states."
+    if unknown := set(player.optimizer) - {"name", "lr", "weight_decay", "schedule"}:
+        raise ValueError(f"player {player.name!r} asks for {', '.join(sorted(unknown))}: it may state name, lr, weight_decay and schedule")
     wish = {"name": config.optimizer, "lr": config.lr, "weight_decay": config.weight_decay} | player.optimizer
     decayed = lambda p: config.decay_all or p.ndim > 1
     groups = [
@@ -198,11 +204,17 @@ def restore(
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} is not a run: it has no config.json. Runs are written by `advssl pretrain`")
-    config = Config(**json.loads((folder / "config.json").read_text()))
+    try: config = Config(**json.loads((folder / "config.json").read_text()))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is no record of a run ({error}): remove {folder} to start the run afresh") from error
     found = checkpoint.load(folder, device)
     if found is None: raise ValueError(f"{folder} has no checkpoint yet: run `advssl pretrain {config.method}` first")
+    pointer = json.loads((folder / checkpoint.POINTER).read_text())
+    if pointer["step"] < pointer.get("total", 0):
+        raise ValueError(f"{folder} is trained for {pointer['step']} of {pointer['total']} steps: the command that began it goes on with it")
     weights, state = found
-    method = build(config, state["channels"], state["size"]).to(device)
+    with torch.random.fork_rng(range(torch.cuda.device_count())):  # building seeds; the caller's random numbers are the caller's
+        method = build(config, state["channels"], state["size"]).to(device)
     method.load_state_dict(weights)
     return method.eval(), config
 
@@ -256,10 +268,11 @@ class Meter:
 
 def average_gradients(grads: list[Tensor]) -> None:
     "Mean over processes, in place; nothing in a single process."
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for g in grads:
-            torch.distributed.all_reduce(g)
-            g /= torch.distributed.get_world_size()
+    world = place()[1]
+    if world == 1: return
+    for g in grads:
+        torch.distributed.all_reduce(g)
+        g /= world
 
 # %% ../nbs/1_foundations/95_pretrain.ipynb #656d7487
 class Run:
@@ -291,11 +304,11 @@ class Run:
         self.loader = Loader(self.data, augmentations, config, self.method.generator, self.fabric.global_rank, self.fabric.world_size)
         if config.compile: self.method.encoder.compile()
         self.total = config.epochs * self.loader.steps
-        warmup = min(round(config.warmup_epochs * self.loader.steps), max(self.total - 1, 0))
+        warmup = min(round(config.warmup_epochs * self.loader.steps), self.total - 1)
         self.optimizers = {p.name: make_optimizer(p, config) for p in self.method.players() if p.parameters()}
         self.schedules = [
             s for p in self.method.players() if p.name in self.optimizers
-            if (s := make_schedule(self.optimizers[p.name], p, warmup, max(self.total, 1)))
+            if (s := make_schedule(self.optimizers[p.name], p, warmup, self.total))
         ]
         self.code = training_code(self.method)
         self.step, self.meter = 0, Meter()
@@ -313,13 +326,11 @@ class Run:
 
     def resume(self) -> None:
         "Take up the checkpoint in the folder, if there is one, and cut the log back to it."
-        wanted = json.dumps(self.config.to_json(), indent=1) + "\n"
         path = self.folder / "config.json"
-        if path.exists() and json.loads(path.read_text()) != json.loads(wanted):
+        if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(self.config.to_json())):
             raise ValueError(f"{self.folder} holds another run (config.json differs): choose an empty folder")
-        if self.fabric.global_rank == 0: checkpoint.write_atomic(path, wanted)
         found = checkpoint.load(self.folder, self.fabric.device)
-        if found is None: return
+        if found is None: return self.cut_log(0)  # a run that was killed before its first checkpoint may have left lines
         weights, state = found
         made_by = json.loads((self.folder / "checkpoint.json").read_text())["code"]
         if made_by != self.code:
@@ -330,10 +341,18 @@ class Run:
         torch.set_rng_state(state["torch"].cpu())
         if torch.cuda.is_available(): torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
         self.step, self.meter = state["step"], Meter(state["meter"])
+        self.cut_log(self.step)
+
+    def cut_log(self, step: int) -> None:
+        "Leave only the lines up to a step: what stands behind it is trained, and written, again."
         log = self.folder / "log.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-        if self.fabric.global_rank == 0: checkpoint.write_atomic(log, "".join(line + "\n" for line in kept))
+        if self.fabric.global_rank or not log.exists(): return
+        kept = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        checkpoint.write_atomic(log, "".join(line + "\n" for line in kept))
+
+    def record(self) -> None:
+        "Write config.json: after the first step, so that settings which a step refuses leave nothing behind."
+        if self.fabric.global_rank == 0: checkpoint.write_atomic(self.folder / "config.json", json.dumps(self.config.to_json(), indent=1) + "\n")
 
     def begin(self) -> None:
         "What a fresh run needs before its first step: its parents, trained here where they are missing, and its own preparation."
@@ -345,8 +364,9 @@ class Run:
 
     def check_finite(self) -> None:
         "Stop with the last good state kept where an objective or a logged value is not finite."
-        if not self.meter.finite():
-            raise NotFinite(f"the objective is not finite near step {self.step}: lower lr (now {self.config.lr}); the last good state is kept in {self.folder}")
+        if self.meter.finite(): return
+        kept = f"the last good state is kept in {self.folder}" if (self.folder / checkpoint.POINTER).exists() else "nothing was saved yet"
+        raise NotFinite(f"the objective is not finite near step {self.step}: lower lr (now {self.config.lr}); {kept}")
 
     def save(self) -> None:
         "Write a checkpoint, unless the state is not finite any more."
@@ -357,7 +377,7 @@ class Run:
             "generator": self.method.generator.get_state(), "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        if self.fabric.global_rank == 0: checkpoint.save(self.folder, self.method.state_dict(), state, self.step, code=self.code)
+        if self.fabric.global_rank == 0: checkpoint.save(self.folder, self.method.state_dict(), state, self.step, code=self.code, total=self.total)
         self.fabric.barrier()
 
     def one_step(self, views: Views) -> None:
@@ -384,6 +404,7 @@ class Run:
             for views in self.loader.epoch(epoch, done):
                 if stop_after is not None and self.step >= stop_after: return self.method
                 self.one_step(views)
+                if self.step == first + 1: self.record()
                 bar.update()
                 if time.monotonic() - saved > self.every and self.step % self.loader.steps:
                     self.save()

@@ -19,7 +19,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-import prose  # noqa: E402
 from page import Page, fence  # noqa: E402
 from project import Project  # noqa: E402
 
@@ -77,15 +76,16 @@ def results(project: Project) -> None:
     "A page per scale from figures/<scale>/: each target's table and figure, and how they came about."
     for folder in sorted(p for p in (project.root / "figures").glob("*") if p.is_dir()):
         names = sorted({p.name.split(".")[0] for p in folder.iterdir() if p.suffix in (".md", ".svg")})
-        parts = [f"# Results: {folder.name} scale"]
+        parts = ["# Benchmarks" if folder.name == "bench" else f"# Results: {folder.name} scale"]
         for name in names:
             parts.append(f"## {name.replace('_', ' ').capitalize()}")
             table, sidecar = folder / f"{name}.md", folder / f"{name}.provenance.json"
             facts = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.exists() else {}
             if (folder / f"{name}.svg").exists(): parts.append(f"![{facts.get('caption', name)}]({name}.svg)")
             if table.exists(): parts.append(re.sub(r"^#", "###", table.read_text(encoding="utf-8"), flags=re.MULTILINE))
-            rows = [f"| {k} | {summary(v)} |" for k, v in facts.items() if k != "caption"]
-            if rows: parts.append('??? abstract "How it was made"\n\n' + prose.indented("\n".join(["| | |", "|---|---|", *rows])))
+            rows = "\n".join(f"| {k} | {summary(v)} |" for k, v in facts.items() if k != "caption")
+            made = f"<summary>How it was made</summary>\n\n| | |\n|---|---|\n{rows}"
+            if rows: parts.append(f'<details class="abstract" markdown="1">\n{made}\n\n</details>')
         if names: project.add(f"figures/{folder.name}/index.md", f"results/{folder.name}.md", "\n\n".join(parts))
 
 

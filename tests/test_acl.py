@@ -343,6 +343,23 @@ def test_convolutions_are_shared_and_branches_are_not():
     assert {type(m) for m in (method.encoder[2], method.projector[1], method.projector[4])} == {BranchedBatchNorm}
 
 
+def test_without_branches_a_stream_keeps_its_own_batch_statistics():
+    "`dual=False`: in training the streams share scale and shift, and the running averages take one after the other; no batch is joint."
+    method, x1, x2 = make(dual=False, eps=0.2, steps=3)
+    start_zero(method)
+    layer, pairs = method.encoder[2], [(x1, x2), method.attack(x1, x2)]
+    assert type(layer) is nn.BatchNorm1d and not any(isinstance(m, BranchedBatchNorm) for m in method.modules())
+    apart = make(dual=False)[0]
+    embeddings = [apart.projector(apart.encoder(torch.cat(views))).chunk(2) for views in pairs]
+    value, _ = turn(method, x1, x2)
+    assert torch.allclose(value, sum(written_loss(z, 0.5) for z in embeddings) / 2, rtol=1e-9)
+    for key, ours in method.state_dict().items(): assert torch.allclose(ours, apart.state_dict()[key], rtol=1e-9), key
+    assert layer.num_batches_tracked == 2
+    joint = make(dual=False)[0]
+    rows = joint.projector(joint.encoder(torch.cat([view for views in pairs for view in views]))).chunk(4)
+    assert not torch.allclose(value, (written_loss(rows[:2], 0.5) + written_loss(rows[2:], 0.5)) / 2, rtol=1e-4)
+
+
 def test_autocast_trains_every_weight():
     method, x1, x2 = make(dtype=torch.float32, eps=0.1, steps=2)
     with torch.autocast("cpu", dtype=torch.bfloat16): value, _ = turn(method, x1, x2)

@@ -504,7 +504,7 @@ def test_a_label_of_minus_one_counts_as_nothing():
     ({"eps": -0.1}, "eps"), ({"step_size": -0.1}, "sign chooses the direction"), ({"weight": -0.2}, "weight must be >= 0"),
     ({"evaluated_branch": "normal"}, "clean or adv or pseudo"), ({"attacked_view": False}, "clean or pseudo, got 'adv'"),
     ({"weight": 0.0, "evaluated_branch": "pseudo"}, "clean or adv, got 'pseudo'"), ({"clusters": "2, ten"}, "numbers of clusters"),
-    ({"clusters": ""}, "numbers of clusters"), ({"cutoff": -0.25}, "cycles >= 0"),
+    ({"clusters": ""}, "numbers of clusters"), ({"clusters": "0 10"}, "numbers of clusters"), ({"cutoff": -0.25}, "cycles >= 0"),
 ])
 def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message): move(*make(**wrong))

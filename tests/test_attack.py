@@ -377,6 +377,11 @@ def test_images_that_require_grad():
     assert not found.requires_grad and x.grad is None and x.requires_grad
 
 
+def test_a_bare_radius_is_refused():
+    for act in (lambda: pgd(smooth_loss(0), images(0), 0.1, steps=1), lambda: Perturbation(0.1, 2)):
+        with pytest.raises(ValueError, match=r"threat is a ball such as Linf\(8 / 255\), got 0.1"): act()
+
+
 # values that are not refused
 
 

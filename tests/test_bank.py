@@ -243,6 +243,15 @@ def test_directions_are_computed_once_for_each_change():
     assert bank.float().directions.dtype == torch.float32
 
 
+@pytest.mark.parametrize("look", ["metrics", "nearest", "pull"])
+def test_directions_made_in_inference_mode_serve_a_loss_that_trains(look):
+    bank, q = make(raw()), unit(N, DIM).requires_grad_()
+    with torch.inference_mode(): getattr(bank, look)(unit(N, DIM, seed=1))
+    (q @ bank.directions.T).sum().backward()
+    torch.testing.assert_close(q.grad, bank.directions.sum(0).expand(N, -1))
+    bank.move(bank.pull(q.detach()))  # and the bank goes on
+
+
 def test_a_copy_has_directions_of_its_own():
     bank = make(raw())
     for _ in range(5): bank.W.mul_(1.0)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import linecache
 import multiprocessing
 import os
 import random
@@ -242,6 +243,29 @@ def test_fingerprints_of_classifiers():
         changes.append(classifier_sha256(other))
     assert len({one, *changes}) == 9
     assert classifier_code(net) == function_code(BranchedBatchNorm) and classifier_code(nn.Sequential(nn.ReLU())) == ""
+
+
+def head(body, name="Head", base=nn.Module):
+    "A module of a class that is made here, from its source."
+    source = f"class {name}(Base):\n    def forward(self, x): return {body}\n"
+    file = f"<{len(linecache.cache)} {body}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+    space = {"Base": base, "__name__": "somewhere"}
+    exec(compile(source, file, "exec"), space)
+    return space[name]()
+
+
+def test_classes_of_one_name_differ_by_their_code():
+    "Also where they stand in no file, as in a notebook; a base counts too, and without any source nothing can be kept."
+    one, other = head("2 * x"), head("x + 2")
+    assert classifier_sha256(one) == classifier_sha256(other) and classifier_code(one) != classifier_code(other)
+    assert classifier_code(one) == classifier_code(head("2 * x")) == classifier_code(nn.Sequential(one, nn.ReLU())) != ""
+    assert classifier_code(head("x", "Own", type(one))) != classifier_code(head("x", "Own", type(other)))
+    mixed = classifier_code(nn.Sequential(BranchedBatchNorm(nn.BatchNorm2d(4), ["a", "b"]), one))
+    assert mixed == function_code(BranchedBatchNorm) + classifier_code(one)
+    space = {"Base": nn.Module, "__name__": "somewhere"}
+    exec("class Head(Base):\n    def forward(self, x): return x", space)
+    with pytest.raises(ValueError, match="no source"): classifier_code(space["Head"]())
 
 
 def test_without_a_folder_nothing_is_written_or_fingerprinted(data, monkeypatch, tmp_path):

@@ -387,6 +387,15 @@ def test_the_log_says_what_the_bank_says():
     assert all(isinstance(v, torch.Tensor) and v.ndim == 0 and not v.requires_grad for v in logged.values())
 
 
+@pytest.mark.parametrize("name, crops", [("caco", 0), ("caco", 2), ("hybrid", 0)])
+def test_the_log_counts_the_choices_of_its_own_step(name, crops):
+    method, views = make(get_method(name), **{"crops": crops} if crops else {})
+    next(method.turns(views))
+    share = method.bank.hits / method.bank.hits.sum()
+    assert method.bank.hits.sum() == N * (2 + 2 * crops) and method.logs["dead"] == (share == 0).sum() < K
+    assert torch.isclose(method.logs["usage"].float(), torch.special.entr(share).sum().exp().float())
+
+
 # small views in the loop
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from advssl.checkpoint import sha256
 from advssl.suite.store import STORE, read_store
+from advssl.suite.targets import TARGETS
 
 FIGURES = Path(__file__).resolve().parents[1] / "figures"
 SCALE = "laptop"
@@ -27,6 +28,10 @@ def redrawn(tmp_path_factory):
     done = subprocess.run([sys.executable, "-m", "advssl", *words], capture_output=True, text=True, cwd=figures)
     assert done.returncode == 0, done.stderr[-3000:]
     return figures / SCALE
+
+
+def test_every_target_is_committed():
+    assert {path.name.split(".")[0] for path in SIDECARS} == {name for name, target in TARGETS.items() if not target.asked}
 
 
 @pytest.mark.parametrize("sidecar", SIDECARS, ids=lambda path: path.name.split(".")[0])

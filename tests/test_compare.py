@@ -296,6 +296,12 @@ def test_interval_narrows(n, data):
     assert -1 <= low <= high <= 1
 
 
+def test_no_rounding_leads_below_zero():
+    values = [1.000000040220021, 1.000226346577811, 1.0000000000051898, 1.0000000096522454, 1.0000002909319057, 1.000006222330476]
+    assert compare.t_test(values) == 0.0 and holm([compare.t_test(values), 0.5]) == [0.0, 0.5]
+    assert compare.sign_flip_test(torch.ones(1200).long()) == 0.0  # it underflows
+
+
 def test_shift_of_all_seeds():
     "The same change of every seed of A moves the interval over seeds and leaves its width."
     a, b = runs(4, 400, 0.4), runs(4, 400, 0.4, seed=3)

@@ -148,6 +148,41 @@ def test_hcl_limits(seed, tau):
     assert all((a <= b + 1e-12).all() for a, b in zip(harder, harder[1:], strict=False))
 
 
+@pytest.mark.parametrize("beta", [-0.5, 0.0, 1.0])
+@pytest.mark.parametrize("tau_plus", [0.0, 0.1])
+@pytest.mark.parametrize("detach", [False, True])
+def test_hcl_without_negatives_is_no_loss(beta, tau_plus, detach):
+    "A query whose negatives are all removed costs nothing and moves nothing; the others are as without it, to the bit."
+    pos, sim, keep = directions(0, 3, 1).requires_grad_(), directions(1, 3, 5).requires_grad_(), torch.ones(3, 5, dtype=torch.bool)
+    keep[1] = False
+    how = {"temperature": 0.5, "beta": beta, "tau_plus": tau_plus, "detach_weights": detach}
+    log_neg, clamped = C.hard_log_sum(pos, (sim, keep), **how)
+    loss = C.contrast(pos, log_neg, 0.5)
+    assert log_neg[1] == -math.inf and not clamped[1] and loss[1] == 0
+    others, rest = [0, 2], C.hard_log_sum(pos, (sim, torch.ones_like(keep)), **how)
+    assert torch.equal(log_neg[others], rest[0][others]) and torch.equal(clamped[others], rest[1][others])
+    for g, full in zip(grads(loss.sum(), pos, sim), grads(C.contrast(pos, rest[0], 0.5).sum(), pos, sim), strict=True):
+        assert (g[1] == 0).all() and torch.equal(g[others], full[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_cosine_is_the_product_of_directions(dtype):
+    "To the bit, values and gradients."
+    a, b = (features(s, 7, 5).to(dtype).requires_grad_() for s in (0, 1))
+    ours, written = C.cosine(a, b), (C.unit(a) * C.unit(b)).sum(-1)
+    assert ours.dtype == dtype and torch.equal(ours, written)
+    assert all(map(torch.equal, grads(ours.sum(), a, b), grads(written.sum(), a, b)))
+
+
+def test_the_cosine_is_no_half_precision():
+    "In bfloat16 inputs a cosine near one would have steps of 1/256; autocast changes nothing either."
+    a = features(0, 64, 128).bfloat16()
+    b = (a + 0.02 * features(1, 64, 128)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16): ours = C.cosine(a, b)
+    assert ours.dtype == torch.float32 and torch.equal(ours, C.cosine(a.float(), b.float()))
+    assert (ours - C.cosine(a.double(), b.double())).abs().max() < 1e-6 and ours.min() < 1 - 1e-4
+
+
 def test_hcl_with_several_positives_takes_their_mean():
     pos, sim = directions(0, 5, 3), directions(1, 5, 9)
     mean = (pos / 0.5).exp().mean(1, keepdim=True).log() * 0.5
@@ -415,6 +450,9 @@ WRONG = [
     (lambda: C.select(q, torch.zeros(3, dtype=torch.long)), "one column for each row"),
     (lambda: C.log_sum(torch.ones(3, 4, dtype=torch.bool), temperature=1.0), "pair"),
     (lambda: C.log_sum(temperature=1.0), "no negative"),
+    (lambda: C.log_sum((q, torch.ones(4, 4, dtype=torch.int64)), temperature=1.0), "a mask of 0 and 1 wants .bool()"),
+    (lambda: C.hard_log_sum(one[:, 0], q, temperature=0.5), r"pos\[..., None\]"),
+    (lambda: C.info_nce(q, q, q @ bank.T, alpha=-1.0), "alpha is a finite weight >= 0"),
     (lambda: C.contrast(one[:, 0], one[:, 0], 0.5), r"pos\[..., None\]"),
     (lambda: C.contrast(torch.zeros(()), torch.zeros(()), 0.5), r"pos\[..., None\]"),
     (lambda: C.hard_log_sum(one, q, temperature=0.5, beta=-1.0), "beta must be > -1"),

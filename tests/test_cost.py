@@ -247,6 +247,13 @@ def test_order_of_the_interval(n, k, level):
     assert median_interval(values, level) == ((n - 1) / 2, k - 1, n - k)
 
 
+def test_the_rank_is_the_largest_that_covers():
+    assert [cost.median_rank(n) for n in (2, 4, 5, 9, 11)] == [0, 0, 1, 2, 3]
+    for n in range(5, 40):
+        k = cost.median_rank(n)
+        assert coverage(n, k) >= 0.9 and (k == n // 2 or coverage(n, k + 1) < 0.9)
+
+
 def test_coverage_is_the_binomials():
     inside = sum(math.comb(9, i) for i in range(2, 8)) / 2**9  # two to seven values below the median
     assert coverage(9, 2) == pytest.approx(inside)

@@ -255,7 +255,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path):
     bad = home / "train" / "n02" / "2.jpg"
     bad.write_bytes(bad.read_bytes()[:300])
     with pytest.raises(ValueError, match=r"2\.jpg cannot be decoded"): load("imagenet100", tmp_path, size=16)
-    assert not [p for p in (home / "16px").iterdir()]
+    assert [p.suffix for p in (home / "16px").iterdir()] == [".lock"]
 
 
 def test_folders_that_disagree_are_refused(tmp_path):
@@ -326,6 +326,11 @@ def test_bad_floats_are_refused(value, message):
     x[1, 2, 3, 0] = value
     with pytest.raises(ValueError, match=message): check_images(x)
     with pytest.raises(ValueError, match=message): ImageSet.from_float(x, torch.zeros(2).long(), ("a",), "toy")
+
+
+def test_from_float_refuses_bytes():
+    with pytest.raises(ValueError, match="images are float.*bytes go to ImageSet itself"):
+        ImageSet.from_float(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2).long(), ("a",), "toy")
 
 
 def test_from_float_inverts_division():

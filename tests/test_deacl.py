@@ -315,7 +315,8 @@ def test_autocast_trains_every_weight():
     method, x = make(dtype=torch.float32, **HOW)
     with torch.autocast("cpu", dtype=torch.bfloat16): value, _ = turn(method, x)
     value.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.encoder.parameters())
+    assert value.dtype == torch.float32 and all(p.grad is not None and p.grad.isfinite().all() for p in method.encoder.parameters())
+    assert all(v.dtype == torch.float32 for v in method.logs.values())
     assert all(p.grad is None for p in method.teacher.parameters())
 
 
@@ -368,6 +369,7 @@ def test_the_method_itself_finds_the_official_perturbation():
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"sign": 0}, r"\+1 \(adversary\) or -1"), ({"steps": -1}, "steps must be a whole number"), ({"norm": "l3"}, "unknown norm"),
     ({"eps": -0.1}, "eps"), ({"step_size": -0.1}, "sign chooses the direction"),
+    ({"weight": -0.1}, "weight must be >= 0"),
 ])
 def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message): make(**wrong)

@@ -388,6 +388,17 @@ def test_exact_divergences_are_divergences(seed):
 
 
 @examples
+@given(seeds)
+def test_embeddings_of_half_precision(seed):
+    "Views that resemble each other have a small divergence, no negative one: the cosines are not rounded as the embeddings are."
+    g = seeded(seed)
+    z = (torch.randn(64, 16, generator=g) + 0.1 * torch.randn(5, 64, 16, generator=g)).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16): values = invariance(*z)
+    for value, exact in zip(values, invariance(*z.double()), strict=True):
+        assert value.dtype == torch.float32 and value >= 0 and math.isclose(value, exact, rel_tol=0, abs_tol=2e-6)
+
+
+@examples
 @given(seeds, st.sampled_from(FORMS), st.floats(0, 1), st.floats(0, 2), st.floats(0, 2))
 def test_the_whole_loss(seed, form, weight, lambda1, lambda2):
     z = torch.randn(5, 6, 4, dtype=torch.float64, generator=seeded(seed))
@@ -415,8 +426,8 @@ def test_the_method_hands_its_views_to_the_loss(form):
 
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"final_strength": 1.5}, "final_strength must be in"), ({"refresh": -0.1}, "refresh must be in"),
-    ({"momentum": 2.0}, "momentum must be in"), ({"swap": -1.0}, "swap must be >= 0"), ({"air": "maybe"}, "air must be"),
-    ({"steps": -1}, "steps must be"), ({"norm": "l3"}, "unknown norm"),
+    ({"momentum": 2.0}, "momentum must be in"), ({"momentum": 1.0}, "never moves"), ({"swap": -1.0}, "swap must be >= 0"),
+    ({"air": "maybe"}, "air must be"), ({"steps": -1}, "steps must be"), ({"norm": "l3"}, "unknown norm"),
 ])
 def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message): make(**wrong)

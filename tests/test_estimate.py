@@ -20,7 +20,7 @@ from advssl.suite import estimate, probe
 from advssl.suite.cost import Trial, count, peak_bytes, trial
 from advssl.suite.estimate import Estimate, behind, doubts, estimate_one, estimate_plan, estimate_run, scaled, tell
 from advssl.suite.passes import Passes, record
-from advssl.suite.probe import FEW, SHAPES, Pace, Tally, pool, stand_in, steps_of, tally, units
+from advssl.suite.probe import FEW, SHAPES, Pace, Tally, pool, stand_in, steps_of, tally
 from advssl.suite.scales import job_name, resolve
 
 # images
@@ -70,7 +70,7 @@ def test_stand_in_takes_no_memory_and_is_used_only_without_the_files(tmp_path, m
 
 
 def test_steps_are_those_of_the_run(tmp_path):
-    for given in ({}, {"images": 0, "batch_size": 300}, {"images": 10**6, "epochs": 3}, {"epochs": 0}):
+    for given in ({}, {"images": 0, "batch_size": 300}, {"images": 10**6, "epochs": 3}):
         config = resolve("simclr", "smoke", 0, given)
         assert steps_of(config) == Run(config, tmp_path / str(len(given)) / str(given.get("epochs"))).total
 
@@ -121,13 +121,13 @@ def test_encoders_compute_again_afterwards():
 
 def test_units():
     """Eq. (1): every kind has its own price."""
-    assert units(Passes(graph=3, constant=5, to_input=7, to_weights=11), 2) == (3 + 5 + 7 + 2 * 11) / 2
+    assert Passes(graph=3, constant=5, to_input=7, to_weights=11).units(2) == (3 + 5 + 7 + 2 * 11) / 2
 
 
 @pytest.mark.parametrize("name", ["rocl", "acl", "moco-v2", "advcl", "simmim", "adios", "untrained"])
 def test_counts_do_not_depend_on_the_batch(name):
     found = count(trial(name, "demo", 16, 128))
-    assert tally(resolve(name, "demo")).units == pytest.approx(units(found.passes, 16))
+    assert tally(resolve(name, "demo")).units == pytest.approx(found.passes.units(16))
 
 
 @pytest.mark.parametrize("name", ["rocl", "mae"])
@@ -342,6 +342,7 @@ def typed(monkeypatch, tmp_path):
         return 0
 
     monkeypatch.setattr("advssl.suite.reproduce.reproduce", make)
+    monkeypatch.setattr(data, "load", lambda name: calls.setdefault("data", name))
     monkeypatch.setattr("lightning_fabric.Fabric.launch", lambda self: None)
 
     def call(*words, answer=None, terminal=True):
@@ -351,6 +352,25 @@ def typed(monkeypatch, tmp_path):
         return result, SimpleNamespace(**calls)
 
     return call
+
+
+def test_missing_data_are_told_before_anything_is_probed(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADVSSL_DATA", str(tmp_path))
+    monkeypatch.setattr(estimate, "estimate_one", lambda *_: pytest.fail("probed without data"))
+    said = CliRunner().invoke(cli.app, ["pretrain", "rocl", "--scale", "cifar10", "--yes", "--runs", str(tmp_path / "runs")])
+    assert isinstance(said.exception, FileNotFoundError) and "load('cifar10', download=True)" in str(said.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_words_that_would_be_ignored_or_mean_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words, message in ((["pretrain", "simclr", "--devices", "-3"], "--devices is a number"),
+                           (["reproduce", "--cores", "-1"], "--cores counts jobs"),
+                           (["reproduce", "--from-store", "--dry-run", "--method", "simclr"], "--method and --dry-run would be ignored"),
+                           (["reproduce", "--from-store", "--scale", "huge"], "unknown scale 'huge'")):
+        said = CliRunner().invoke(cli.app, words)
+        assert isinstance(said.exception, ValueError) and message in str(said.exception), (words, said.output)
+    assert not list(tmp_path.iterdir())
 
 
 LONG = [("pretrain", "rocl", "--scale", "cifar10"), ("reproduce", "--scale", "cifar10", "--method", "rocl")]

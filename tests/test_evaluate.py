@@ -109,6 +109,8 @@ def test_accuracy_record():
     assert Accuracy(5, 10, 0.99).low < Accuracy(5, 10).low
     for bad in ((3, 2), (-1, 2), (0, 0), (0.5, 1), (True, 1), (1, 2, 0), (1, 2, 1), (1, 2, 95), (0, 0, 0.95)):
         with pytest.raises(ValueError): Accuracy(*bad)
+    for k, n in ((3, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match=f"got {k} of {n}"): wilson(k, n)
     for bad in ([], [1.0]):
         with pytest.raises(ValueError, match="2 seeds"): t_interval(bad)
     with pytest.raises(ValueError, match="at least 1"): t_quantile(0)
@@ -175,6 +177,7 @@ def test_knn_weights_matter():
     assert knn_predict(query, keys, labels, 3, 100.0).item() == 1
     assert knn_predict(query, keys, labels, 3, 1e-30).item() == 0  # no overflow
     assert knn_accuracy(query, torch.tensor([0]), keys, labels, 3) == Accuracy(1, 1)
+    with pytest.raises(ValueError, match="pass the labelled part"): knn_predict(query, keys, torch.tensor([0, -1, 1]), 3)
 
 
 # linear probe

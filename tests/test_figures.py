@@ -188,6 +188,20 @@ def test_features_bank_masks_and_shifts(trained):
     for space in (features, bank, masks, shifts): check_form(space)
 
 
+COMMITTED = Path(__file__).resolve().parents[1] / "figures/laptop"
+
+
+@pytest.mark.parametrize("sidecar", sorted(COMMITTED.glob("*.provenance.json")), ids=lambda path: path.name.split(".")[0])
+def test_every_committed_picture_has_its_caption(sidecar):
+    record = json.loads(sidecar.read_text())
+    assert any(name.endswith(".png") for name in record["files"]) == bool(record.get("caption"))
+
+
+def test_no_bar_in_a_formula_breaks_the_survey_table():
+    text = (COMMITTED / "taxonomy.md").read_text()
+    assert r"\\|" not in text and r"\Vert" in text
+
+
 @pytest.mark.parametrize("name", ["gallery", "bank"])
 def test_the_store_alone_redraws_a_figure_to_the_byte(name, trained, tmp_path):
     """Without runs, data or a network: everything that is drawn stands in the store."""

@@ -174,7 +174,7 @@ def test_a_classifier_comes_back_without_training(made):
 
 def execute(name, runs, root):
     parameters = {"scale": "smoke", "runs": str(runs), "figures": str(root / "figures")}
-    notebooks.execute(reproduce.NOTEBOOKS / f"{name}.ipynb", root / f"{name}.ipynb", parameters)
+    notebooks.execute(reproduce.NOTEBOOKS / f"{name}.ipynb", root / f"{name}.ipynb", parameters, here=True)
     with open(root / f"figures/smoke/{name}.csv") as f: return list(csv.DictReader(f)), (root / f"figures/smoke/{name}.md").read_text()
 
 

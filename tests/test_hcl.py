@@ -222,6 +222,12 @@ def test_passes():
     assert passes.units(SHAPE[0]) == 6
 
 
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_batch_without_negatives_is_refused(n):
+    method, z = make()[0], torch.randn(2, n, 5, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"a batch of {n} has no negatives"): method.loss(*z)
+
+
 # settings, card, recipes
 
 

@@ -123,6 +123,14 @@ def test_uneven_masks_are_refused_where_tokens_are_dropped_and_taken_where_not()
     assert torch.allclose(z[1], full[1], atol=1e-6) and not torch.allclose(z[0], full[0])
 
 
+@pytest.mark.parametrize("visible", [None, 5])
+def test_an_empty_batch_has_no_visible_tokens(visible):
+    nothing = torch.zeros(0, 12, dtype=torch.bool)
+    assert visible_indices(nothing, visible).shape == (0, visible or 0)
+    z = MaskedEncoder(small_vit())(torch.zeros(0, 3, 6, 8), nothing, visible=visible)
+    assert z.shape == (0, 1 + (visible or 0), 16)
+
+
 # loss
 
 

@@ -24,7 +24,7 @@ def made(tmp_path_factory):
         store.write_result(scales.run_folder(root / "runs", "smoke", config), "smoke", config.to_json(), evaluation, {})
         values[config.method, config.encoder] = evaluation
     parameters = {"scale": "smoke", "runs": str(root / "runs"), "figures": str(root / "figures")}
-    notebooks.execute(reproduce.NOTEBOOKS / "masked.ipynb", root / "out.ipynb", parameters)
+    notebooks.execute(reproduce.NOTEBOOKS / "masked.ipynb", root / "out.ipynb", parameters, here=True)
     return root / "figures/smoke", values
 
 

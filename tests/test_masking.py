@@ -403,7 +403,10 @@ def test_declared_noise_is_judged_by_expectation(monkeypatch):
     assert set(seen) == {4} and record["stochastic"] and record["draws"] == 4
     assert record["failed"] == ["randomised"] and "square" not in record["checks"] and "transfer" in record["checks"]
     assert (mark(record), mark(record, eot=True)) == ("†", "") and "EOT" in note(record)
-    assert mark(record | {"failed": ["randomised", "grey"]}, eot=True) == "†"
+    more = record | {"failed": ["randomised", "grey"]}
+    assert mark(more, eot=True) == "†"
+    assert note(record, eot=True) == "" and "grey: " in note(more, eot=True)  # a note for every dagger, and no other
+    assert "randomised" not in note(more, eot=True)
 
 
 @pytest.mark.parametrize("front", [None, ONLY["steps"][2]])

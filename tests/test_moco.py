@@ -118,6 +118,15 @@ def test_mutants_are_rejected(mutant):
     assert not agrees(mutant)
 
 
+def test_the_log_has_the_mean_similarities():
+    method, views = make()
+    q, queue = embed(method, views.strong1).detach(), method.queue.rows.clone()
+    k = make()[0].keys(views.strong2)
+    next(method.turns(views))
+    assert torch.isclose(method.logs["positive"].double(), (q * k).sum(1).mean())
+    assert torch.isclose(method.logs["negative"].double(), (q @ queue.T).mean())
+
+
 def test_passes():
     for symmetric, units in ((False, 4), (True, 8)):
         method, views = make(symmetric=symmetric)

@@ -37,7 +37,14 @@ def test_the_suite_trains_judges_and_prints_it(environment, tmp_path):
     assert made.returncode == 0, made.stderr[-3000:]
     for target in ("robustness", "taxonomy"): assert (tmp_path / f"figures/smoke/{target}.md").read_text().count("| WarpCLR |") == 1
     (row,) = (tmp_path / "runs/smoke/warpclr").glob("*/result.json")
-    source = Path(environment["ADVSSL_METHODS"], "warpclr.py")
+    note = tmp_path / "runs/smoke/note.json"
+    assert str(source := Path(environment["ADVSSL_METHODS"], "warpclr.py")) in json.loads(note.read_text())["state"]
     source.write_text(source.read_text().replace("radius: float = 0.15", "radius: float = 0.14 + 0.01"))  # the same settings by other code
-    todo = advssl("reproduce", "robustness", "--scale", "smoke", "--method", "warpclr", "--dry-run", env=environment, cwd=tmp_path)
-    assert todo.returncode == 0 and json.loads(row.read_text())["code"] not in (tmp_path / "runs/smoke/plan.json").read_text()
+    look = (
+        "import json; from pathlib import Path; from advssl.suite.notebooks import nothing_to_do; "
+        "from advssl.suite.store import result_code; "
+        "note = Path('runs/smoke/note.json'); print(result_code('warpclr'), nothing_to_do(note, json.loads(note.read_text())['request']))"
+    )
+    seen = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
+    code, idle = seen.stdout.split()
+    assert code != json.loads(row.read_text())["code"] and idle == "False", "code of a method of one's own has changed, and nobody sees it"

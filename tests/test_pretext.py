@@ -281,6 +281,13 @@ class AllStages(AdvSelfie):
 def test_mutants_of_the_tasks_are_rejected(mutant): assert not agrees(mutant)
 
 
+def test_each_order_of_a_jigsaw_is_another():
+    "Random ones may coincide, and then two labels would name one question."
+    for cls in (Jigsaw, AdvJigsaw):
+        with pytest.raises(ValueError, match="two of the 24 orders are equal"): make(cls, grid=2, classes=24, upstream=True)
+        assert len(make(cls, grid=4, classes=31, upstream=True)[0].orders.unique(dim=0)) == 31
+
+
 # limits
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ LOCAL = ("local", "gpu", "gpus")  # profiles that can be tried without a cluster
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     """A plan of the scale for GPUs: one method, one seed of each, nothing made."""
-    work = tmp_path_factory.mktemp("plan") / "cifar10"
+    work = tmp_path_factory.mktemp("a plan") / "cifar10"  # with a blank
     work.mkdir()
     path = work / "plan.json"
     path.write_text(json.dumps(reproduce.plan(["robustness"], "cifar10", work.parent, work.parent / "figures", ["simclr"])))
@@ -64,6 +65,7 @@ def test_a_profile_plans_the_gpu_scale(plan, name):
     jobs = done.stdout.count("-m advssl job run")
     assert jobs == 6 and done.stdout.count("on_a_gpu()") == jobs  # three seeds of SimCLR and of the untrained encoder, each on its own GPU
     assert done.stdout.count("-m advssl job target") == 1
+    assert done.stdout.count(f" {shlex.quote(str(plan))} ") == jobs + 1, "a blank in a path would part it"
 
 
 def test_the_number_of_gpus_is_counted(monkeypatch):

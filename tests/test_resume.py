@@ -5,13 +5,14 @@ import math
 import multiprocessing
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from advssl import checkpoint
-from advssl.method import get_method, methods
-from advssl.pretrain import Run
+from advssl.method import Player, get_method, methods, register
+from advssl.pretrain import Config, Run, make_optimizer, restore
 from advssl.suite.scales import resolve
 
 KEYS = [k for k in methods() if k != "untrained"]
@@ -49,6 +50,65 @@ def test_stopped_run_ends_with_the_same_bits(method, tmp_path):
     (whole, state), (cut, cut_state) = checkpoint.load(tmp_path / "whole"), checkpoint.load(tmp_path / "cut")
     assert same(whole, cut) and same(state, cut_state)
     assert log(tmp_path / "whole") == log(tmp_path / "cut")
+
+
+def test_stopped_before_the_first_checkpoint(tmp_path):
+    """Nothing but lines of the log is left, and they are not written twice."""
+    config = small("simclr")
+    Run(config, tmp_path / "whole").train()
+    Run(config, tmp_path / "cut").train(stop_after=6)
+    assert [line["step"] for line in log(tmp_path / "cut")] == [4] and checkpoint.load(tmp_path / "cut") is None
+    Run(config, tmp_path / "cut").train()
+    assert log(tmp_path / "whole") == log(tmp_path / "cut")
+    assert same(checkpoint.load(tmp_path / "whole"), checkpoint.load(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"weight_decay": -1.0}, "weight_decay must be a finite number >= 0"), ({"warmup_epochs": math.inf}, "warmup_epochs must be a finite"),
+    ({"threads": -1}, "threads must be"), ({"images": -5}, "images must be"), ({"lr": math.inf}, "lr must be a finite number > 0"),
+    ({"lr": math.nan}, "lr must be"), ({"seed": -1}, "seed must be"), ({"seed": 2**63}, r"seed must be less than 2\*\*63"),
+])
+def test_numbers_that_mean_nothing_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message): Config("simclr", **wrong)
+
+
+def test_an_interrupted_run_is_not_taken_for_a_finished_one(tmp_path):
+    Run(small("simclr"), tmp_path, checkpoint_seconds=0).train(stop_after=6)
+    with pytest.raises(ValueError, match="is trained for 6 of 8 steps: the command that began it goes on with it"): restore(tmp_path)
+    Run(small("simclr"), tmp_path).train()
+    state = torch.get_rng_state()
+    restore(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state), "loading a run reseeds whoever loads it"
+
+
+@pytest.mark.parametrize("name, content", [("config.json", '{"method": "simclr"'), ("config.json", '{"method": "simclr", "colour": 1}'),
+                                           (checkpoint.POINTER, '{"step": 1')])
+def test_a_damaged_record_names_its_file(name, content, tmp_path):
+    Run(small("simclr"), tmp_path).train()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}.*remove .* to start the run afresh"): restore(tmp_path)
+
+
+def test_settings_that_a_step_refuses_leave_nothing_behind(tmp_path):
+    config = replace(small("mae"), settings=small("mae").settings | {"mask_ratio": 0.999})
+    with pytest.raises(ValueError, match="take a ratio from"): Run(config, tmp_path / "run").train()
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_two_modules_with_one_card_are_refused():
+    other = type("Other", (get_method("rocl"),), {"__module__": "advssl.methods.of_somebody"})
+    with pytest.raises(ValueError, match="advssl.methods.of_somebody and advssl.methods.rocl both register 'RoCL'"): register(other)
+    assert get_method("rocl").__module__ == "advssl.methods.rocl"
+
+
+def test_a_run_that_nobody_could_open_is_refused():
+    for method in ("simclr", "untrained"):
+        with pytest.raises(ValueError, match="epochs must be >= 1, got 0"): Config(method, epochs=0)
+
+
+def test_a_player_cannot_ask_for_what_nobody_knows():
+    player = Player("bank", (torch.nn.Linear(2, 2),), optimizer={"lr": 1.0, "weightdecay": 0.0})
+    with pytest.raises(ValueError, match="'bank' asks for weightdecay: it may state name"): make_optimizer(player, small("simclr"))
 
 
 @pytest.mark.parametrize("method", KEYS)

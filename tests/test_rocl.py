@@ -343,6 +343,7 @@ def test_the_method_itself_finds_the_official_perturbation(case):
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"sign": 0}, r"\+1 \(adversary\) or -1"), ({"steps": -1}, "steps must be a whole number"), ({"norm": "l3"}, "unknown norm"),
     ({"eps": -0.1}, "eps"), ({"step_size": -0.1}, "sign chooses the direction"),
+    ({"weight": -0.1}, "weight must be >= 0"),
 ])
 def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message): make(**wrong)

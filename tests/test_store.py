@@ -33,3 +33,47 @@ def test_only_the_own_repository_counts(tmp_path, monkeypatch):
     assert stamp["commit"] == git(tmp_path, "rev-parse", "HEAD") and stamp["dirty"] is False
     file.write_text("changed = True\n")
     assert store.provenance()["dirty"] is True
+
+
+def test_redrawn_figures_do_not_make_a_tree_dirty(tmp_path, monkeypatch):
+    """They change while a target writes them; a changed source beside them still counts."""
+    file, figure = tmp_path / "advssl/__init__.py", tmp_path / "figures/demo/claims.md"
+    for path in (file, figure):
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    monkeypatch.setattr(store, "advssl", SimpleNamespace(__file__=str(file)))
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "-m", "all")
+    figure.write_text("drawn again")
+    assert store.provenance()["dirty"] is False
+    other = tmp_path / "advssl/figures.py"
+    other.write_text("")
+    git(tmp_path, "add", str(other))
+    assert store.provenance()["dirty"] is True
+
+
+def test_a_bar_in_a_formula_ends_no_cell():
+    """Markdown knows nothing of formulas: there a bar has a name, and a norm stays a norm."""
+    table = [{"game": r"$\max_{\|\delta\|\le\epsilon}\log p(y|x)$, a | b", "none": None}]
+    (line,) = store.markdown_table(table).splitlines()[2:]
+    assert line == r"| $\max_{\Vert \delta\Vert \le\epsilon}\log p(y\vert x)$, a \| b |  |" and r"\\|" not in line
+    assert store.markdown_table([{"price": "$5 | or not"}]).splitlines()[2] == r"| $5 \| or not |"
+
+
+def test_a_table_says_where_training_was_unequal():
+    of = lambda method, epochs, images=0: {"method": method, "config": {"epochs": epochs, "images": images}}
+    assert [store.trained_on(row) for row in (of("mae", 6), of("unified", 2, 3200), of("untrained", 1))] == ["6 × all", "2 × 3,200", ""]
+    assert store.unequal_training([]) == store.unequal_training([of("mae", 6), of("mae", 6), of("untrained", 1)]) == ""
+    for other in (of("mae", 4), of("mae", 6, 500)): assert "one of recipes" in store.unequal_training([of("mae", 6), other])
+
+
+def test_a_row_of_a_method_that_nobody_knows_is_stale(tmp_path):
+    """Somebody's own method, whose folder is not named now, breaks no table."""
+    path = tmp_path / "runs/smoke/of-somebody/0-abc/result.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"method": "of-somebody", "code": "0123456789ab"}')
+    (row,) = store.rows(tmp_path / "runs", "smoke")
+    assert row["stale"] and store.write_store(tmp_path / "rows.jsonl", tmp_path / "runs", "smoke") == 0
+    (name, kept), = store.read_store(tmp_path / "rows.jsonl")
+    assert name == "of-somebody/0-abc/result.json" and kept["stale"]

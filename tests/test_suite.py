@@ -98,13 +98,43 @@ def test_tables_and_figures_are_redrawn_from_the_store_alone(made, tmp_path, mon
     first = root / "figures/smoke"
     (tmp_path / "smoke").mkdir()
     shutil.copy(first / store.STORE, tmp_path / "smoke")
-    words = [sys.executable, "-m", "advssl", "reproduce", "--from-store", "--scale", "smoke", "--figures", str(tmp_path)]
+    some = ("robustness", "gallery")  # of rows, and of what a target keeps; the committed scale is redrawn whole
+    words = [sys.executable, "-m", "advssl", "reproduce", *some, "--from-store", "--scale", "smoke", "--figures", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     for path in first.iterdir():
-        if not path.name.endswith(".provenance.json"): assert path.read_bytes() == (tmp_path / "smoke" / path.name).read_bytes(), path.name
+        if path.name.split(".")[0] not in some or path.name.endswith(".provenance.json"): continue
+        assert path.read_bytes() == (tmp_path / "smoke" / path.name).read_bytes(), path.name
     said = refused([*words[3:-1], str(tmp_path / "elsewhere")], monkeypatch, capsys)
     assert "there is no store of rows" in said and not (tmp_path / "elsewhere").exists()
+
+
+def test_a_store_that_knows_more_than_the_runs_is_not_touched(tmp_path, monkeypatch, capsys):
+    """A clone has the committed rows and no runs: whatever a call makes there, or fails to make, the rows stay."""
+    figures = tmp_path / "figures/smoke"
+    figures.mkdir(parents=True)
+    (figures / store.STORE).write_text(json.dumps({"file": "simclr/0-0/result.json", "row": {"method": "simclr"}}) + "\n")
+    before = (figures / store.STORE).read_bytes()
+    for status in (0, 1, 130):
+        monkeypatch.setattr(reproduce, "snakemake", lambda *_, status=status: status)
+        reproduce.reproduce(["taxonomy"], "smoke", runs=tmp_path / "runs", figures=tmp_path / "figures")
+        assert (figures / store.STORE).read_bytes() == before and "stays as it is: 1 of its rows" in capsys.readouterr().err
+
+
+def test_what_is_set_aside_twice_is_there_twice(tmp_path):
+    """Going back and forth between two versions of the code loses neither's work."""
+    folder = tmp_path / "0-abc"
+    for i in range(3):
+        folder.mkdir()
+        (folder / "checkpoint.json").write_text('{"code": "of another version"}')
+        (folder / "mine").write_text(str(i))
+        reproduce.set_aside(folder, "simclr")
+        assert not folder.exists()
+    assert sorted(path.read_text() for path in tmp_path.glob(".stale-*/mine")) == ["0", "1", "2"]
+
+
+def test_the_scale_of_a_folder(tmp_path):
+    assert scales.scale_of("runs/laptop/simclr/0-abc") == "laptop" and scales.scale_of(tmp_path / "own") == "demo" == scales.scale_of("/")
 
 
 def test_evaluating_a_run_again_gives_its_row_and_changes_nothing(made):
@@ -129,7 +159,7 @@ def test_changed_code_makes_a_row_stale_and_runs_it_again(made):
     plan = reproduce.plan([], "smoke", root / "runs", root / "figures", FEW)
     reproduce.set_aside(path.parent, "simclr")
     (root / "again.json").write_text(json.dumps(plan))
-    subprocess.run([sys.executable, "-m", "advssl", "job", "run", str(root / "again.json"), f"simclr/{path.parent.name}"], check=True)
+    assert notebooks.do_job(["run", str(root / "again.json"), f"simclr/{path.parent.name}"]) == 0
     assert json.loads(path.read_text())["code"] == store.result_code("simclr")
     graves = list(path.parent.parent.glob(".stale-*"))
     assert graves and (graves[0] / "checkpoint.json").exists()  # set aside, not lost

@@ -12,6 +12,11 @@ from advssl.suite import notebooks, scales, store, targets
 
 pytest.importorskip("papermill")
 N = 400
+SAID = {"grey": "more survive in a grey ball than guessing allows", "randomised": "two calls give two answers: judge by EOT"}
+
+
+def panel(*failed):
+    return {"failed": [*failed], "checks": {name: {"meaning": SAID[name]} for name in failed}}
 
 
 def record(share, **more):
@@ -43,6 +48,9 @@ def made(tmp_path_factory):
         found |= attacked("linear", f"pgd{judge.attack_steps}", share)
         if config.method == "rush":
             found |= attacked("linear", f"eot{judge.attack_steps}", 0.7)
+            found |= {f"linear.masking.linf-{eps:.4g}": panel("randomised") for eps in judge.eps}
+        if config.method == "deacl":
+            found |= {f"linear.masking.linf-{judge.eps[0]:.4g}": panel("grey")}
         if config.method == "acl":
             found |= attacked("linear", "autoattack", 0.45)
         folder = scales.run_folder(root / "runs", "smoke", config)
@@ -57,6 +65,7 @@ def made(tmp_path_factory):
             notebooks.NOTEBOOKS / f"{name}.ipynb",
             root / f"{name}.ipynb",
             {"scale": "smoke", "runs": str(root / "runs"), "figures": str(root / "figures")},
+            here=True,
         )
     return root / "figures/smoke"
 
@@ -73,6 +82,25 @@ def test_rows_and_sections(made):
     text = (made / "robustness.md").read_text()
     assert "**AFF**" in text and "**ALF**" not in text and "99.0" not in text and "Screening" in text
     assert len(text.splitlines()[4].split("|")) - 2 <= 12
+
+
+def test_every_note_has_its_dagger(made):
+    """RUSH is judged by EOT, which answers the one check that it fails; a note names its cell."""
+    text = (made / "robustness.md").read_text()
+    notes = [line for line in text.splitlines() if line.startswith("† ")]
+    assert notes == [f"† DeACL, linear, {scales.get_scale('smoke').eps[0]:.3g} (1 of 1 seed): grey: {SAID['grey']}"]
+    cells = [(row["Method"], name) for row in lines(made, "robustness") for name, value in row.items() if "†" in value]
+    assert cells == [("DeACL", f"PGD-5 at {scales.get_scale('smoke').eps[0]:.3g}, %")]
+
+
+def test_unequal_training_is_told(made):
+    for name in ("robustness", "linear"):
+        found = {row["Method"]: row["Epochs × images"] for row in lines(made, name) if row.get("Protocol", "linear") == "linear"}
+        for key in ("acl", "simclr"):
+            config = scales.resolve(key, "smoke")
+            assert found[get_method(key).card.name] == f"{config.epochs} × {config.images or 'all'}"
+        assert found["Untrained"] == ""
+        assert ("one of recipes" in (made / f"{name}.md").read_text()) == (len({*found.values()} - {""}) > 1)
 
 
 def test_published_numbers_have_columns_that_say_what_they_are(made):
@@ -113,6 +141,7 @@ def test_linear_table(made):
         "Base",
         "Level",
         "Encoder",
+        "Epochs × images",
         "Seeds",
         "kNN, %",
         "Linear, %",
@@ -120,6 +149,6 @@ def test_linear_table(made):
         "1 % of labels, %",
     }
     text = (made / "linear.md").read_text()
-    assert "Published linear accuracies" in text and "| SimCLR | imagenet-1k | ResNet-50 | 1000 | 69.1, 69.3 |" in text
+    assert "Published linear accuracies" in text and "| SimCLR | imagenet-1k | ResNet-50 | 1000 | 69.3 |" in text
     ours, theirs = text.split("**Published")
     assert "imagenet" not in ours and "The numbers are ours" in ours and "not comparable" in theirs

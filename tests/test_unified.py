@@ -283,6 +283,12 @@ def test_contract(seed, norm, eps, steps, sign, weight, training, dtype):
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_an_attack_without_a_mask_draws_its_own(weight):
+    (ours, x1, x2), (twin, _, _) = make(weight=weight, **HOW), make(weight=weight, **HOW)
+    assert torch.equal(ours.attack(x1, x2), twin.attack(x1, x2, twin.question(x1)))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
 def test_the_sign_chooses_the_direction_of_the_sum(weight):
     values = {}
     for sign in (1, -1):

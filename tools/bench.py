@@ -181,8 +181,7 @@ def attack_beside_plain(name: str, encoder: str, batch: int, rounds: int) -> dic
     results, units = [], []
     for work in (ours, theirs):
         with record(method, torch.zeros(1, *run.data.images.shape[1:])) as found: results.append(work())
-        passes = found.passes
-        units.append(passes.graph + passes.constant + passes.to_input + 2 * passes.to_weights)
+        units.append(found.passes.units(batch))
     same = (results[0] - results[1]).abs().le(1e-5).float().mean().item()
     about = {"method": run.config.method, "encoder": encoder, "images": batch, "steps": steps}
     return about | in_turn(ours, theirs, rounds) | {"by passes": f"{units[1] / units[0]:.2f}", "same pixels": f"{same:.2%}"}

@@ -39,11 +39,15 @@ def store(path: Path) -> bool:
     nb = read_nb(path)
     for cell in nb.cells:
         if cell.cell_type == "code": cell.outputs = []  # a cell that falls silent would keep its old ones
-    write_nb(nb, path)
-    CaptureShell().execute(path, path, exc_stop=True)
-    nb = read_nb(path)
-    clean_nb(nb, allowed_cell_metadata_keys=["tags"])
-    write_nb(nb, path)
+    fresh = path.with_name(f".{path.name}")  # a notebook is the source: one that fails, or a kill, leaves it as it was
+    try:
+        write_nb(nb, fresh)
+        CaptureShell().execute(fresh, fresh, exc_stop=True)
+        nb = read_nb(fresh)
+        clean_nb(nb, allowed_cell_metadata_keys=["tags"])
+        write_nb(nb, fresh)
+        os.replace(fresh, path)
+    finally: fresh.unlink(missing_ok=True)
     return True
 
 

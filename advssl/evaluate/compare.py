@@ -47,7 +47,7 @@ def _fair_coins(m: int) -> np.ndarray:
 
 def sign_flip_test(
     values: Tensor,  # whole numbers, shape (n,): one per image, such as a_i - b_i
-) -> float:  # p, in (0, 1]
+) -> float:  # p, in [0, 1]; 0 where it underflows
     "Exact two-sided test that signs are fair coins, Eq. (3); for values in {-1, 0, 1} McNemar's, Eq. (2). McNemar 1947."
     heads = np.ones(1)  # distribution of the total size of the values that come up positive
     sizes, counts = values.abs()[values != 0].unique(return_counts=True)
@@ -106,7 +106,7 @@ def t_test(
 ) -> float:  # p, in [0, 1]
     "Two-sided p-value of the hypothesis that the mean over seeds is 0: of Student's t, by the integral of the page on statistics."
     t, df = fmean(values) / (stdev(values) / math.sqrt(len(values))), len(values) - 1
-    return 1 - _cosine_integral(math.atan(abs(t) / math.sqrt(df)), df - 1) / _cosine_integral(math.pi / 2, df - 1)
+    return max(0.0, 1 - _cosine_integral(math.atan(abs(t) / math.sqrt(df)), df - 1) / _cosine_integral(math.pi / 2, df - 1))  # a rounding would lead below 0
 
 # %% ../../nbs/5_evaluation/12_compare.ipynb #0caa0a33
 @dataclass(frozen=True)

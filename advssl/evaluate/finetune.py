@@ -70,7 +70,7 @@ class Tuning:
     weight_decay: float = 1e-4  # not applied to biases and normalisation unless decay_all
     decay_all: bool = False  # decay every parameter, as the official codes do
     warmup_epochs: float = 0.0  # of linear warm-up
-    milestones: tuple[float, ...] = ()  # shares of the run after which lr is divided by ten; none: half a cosine to zero
+    milestones: tuple[float, ...] = ()  # shares of the run after which lr is divided by ten; none: the cosine of the training loop
     augmentation: str = "weak"  # see `advssl.augment.RECIPES`: shifts by up to 4 pixels, and mirrored
     standardise: bool = True  # features with mean 0 and variance 1 before the head
     loss: str = "ce"  # of adversarial modes: "ce" (Madry) or "trades"

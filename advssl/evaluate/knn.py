@@ -25,6 +25,7 @@ def knn_predict(
     if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1]:
         raise ValueError(f"features have shapes (m, d) and (n, d); got {tuple(queries.shape)} and {tuple(keys.shape)}")
     if len(labels) != len(keys): raise ValueError(f"{len(keys)} keys need as many labels, got {len(labels)}")
+    if int(labels.min()) < 0: raise ValueError("some keys have no label (-1): pass the labelled part")
     if not 1 <= k <= len(keys): raise ValueError(f"k lies in 1 to {len(keys)}, the number of keys; got {k}")
     if not temperature > 0: raise ValueError(f"temperature must be > 0, got {temperature}")
     keys, labels, out = F.normalize(keys, dim=1), labels.to(keys.device), []

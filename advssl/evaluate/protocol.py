@@ -10,6 +10,7 @@ __all__ = ['PENALTY', 'STANDARD', 'PROTOCOLS', 'EOT_DRAWS', 'BUDGETS', 'ATTACKS'
 # %% ../../nbs/5_evaluation/50_protocol.ipynb #efdb799a
 import copy
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -31,7 +32,7 @@ from .linear import linear_probe
 from .measures import MEASURES, Later, attack_record, ball_name, code_of, judged
 from .robust import VOTES, clean_mask, robust_mask
 from ..images import stratified, stream
-from ..threat import Ball
+from ..threat import Ball, check_ball
 
 # %% ../../nbs/5_evaluation/50_protocol.ipynb #8d6029c1
 @dataclass
@@ -160,7 +161,10 @@ def find_attack(
     if family not in ATTACKS: raise ValueError(f"unknown attack {name!r}: choose one of {', '.join(ATTACKS)}, with its budget behind it, such as pgd20")
     budget = BUDGETS.get(family, budget)
     if number and budget is None: raise ValueError(f"{family} has no budget: with another it would not be {family}. Name its attacks instead, such as square500")
-    return f"{family}{number or budget or ''}", ATTACKS[family], budget and int(number or budget)
+    if budget is None: return family, ATTACKS[family], None
+    budget = int(number or budget)
+    if budget < 1: raise ValueError(f"{name!r}: an attack of {budget} steps or queries is none; give at least 1, such as {family}20")
+    return f"{family}{budget}", ATTACKS[family], budget
 
 
 def attacks_for(
@@ -218,7 +222,9 @@ def evaluate(
     folder: Path | str | None = None,  # where fine-tunings keep their checkpoints and attacks their answers, to take them up again; None: nowhere
 ) -> dict[str, Any]:  # flat and JSON-able
     "Turn an encoder into classifiers, attack them, and report every accuracy with its interval and settings."
-    threats = (threat,) if isinstance(threat, Ball) else tuple(threat)
+    threats = tuple(map(check_ball, threat if isinstance(threat, Sequence) else [threat]))
+    protocols, attacks, measures = ([names] if isinstance(names, str) else names for names in (protocols, attacks, measures))
+    if hasattr(encoder, "pretrained_cfg"): warnings.warn("a timm network expects normalised images: pass its name, 'timm:NAME', or a TimmEncoder", stacklevel=2)
     found_protocols, found_measures = look_up("protocol", PROTOCOLS, protocols), look_up("measure", MEASURES, measures)
     names = [find_attack(name, attack_steps)[0] for name in attacks]
     opened = encoder if isinstance(encoder, str) else None

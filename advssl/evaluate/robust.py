@@ -14,7 +14,7 @@ from ..attack import frozen, pgd
 from ..features import device_of, is_stochastic, named_noise, to_unit
 from .statistics import Accuracy
 from ..images import stream
-from ..threat import Ball
+from ..threat import Ball, check_ball
 
 # %% ../../nbs/5_evaluation/40_robust.ipynb #802292a7
 def random_starts(
@@ -83,6 +83,7 @@ def robust_mask(
     batch_size: int = 250,  # bounds memory; neither starts nor noise depend on it
 ) -> Tensor:  # bool, shape (n,), on the CPU: right when clean and right after the attack
     "Which images PGD on the cross-entropy cannot turn: the factors of Eq. (2). Madry et al. 2018; with draws Athalye et al. 2018."
+    check_ball(threat)
     if start not in ("random", "zero"): raise ValueError(f"start is 'random' or 'zero', got {start!r}")
     if draws < 1: raise ValueError(f"draws is the number of noises behind a gradient, at least 1; got {draws}")
     index = torch.arange(len(images)) if index is None else index.cpu()

@@ -28,6 +28,7 @@ def wilson(
     level: float = 0.95,  # confidence level, in (0, 1)
 ) -> tuple[float, float]:  # low and high, in [0, 1]
     "Score interval of a proportion, Eq. (4). Wilson 1927."
+    if not 0 <= correct <= total or total < 1: raise ValueError(f"wilson needs 0 <= correct <= total and total >= 1, got {correct} of {total}")
     z2, p = _z(level) ** 2, correct / total
     centre, half = p + z2 / (2 * total), math.sqrt(z2 * (p * (1 - p) / total + z2 / (4 * total**2)))
     low, high = (centre - half) / (1 + z2 / total), (centre + half) / (1 + z2 / total)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..attack import Perturbation, frozen
-from ..contrast import nt_xent, unit
+from ..contrast import cosine, nt_xent
 from ..encoders import add_branches, branch, mlp_head
 from ..method import Card, Method, Views, register
 from ..processes import gather
 from ..threat import make_threat
 
 # %% ../../nbs/2_contrastive/24_acl.ipynb #252f039c
-FORMS = {  # streams of Eq. (2): the branches of view 1 and view 2; the last stream is the attacked one
+FORMS = {  # streams of Eq. (2): the branches of view 1 and view 2; the last stream is the attacked one, if any is
     "ds": (("clean", "clean"), ("adv", "adv")),
     "a2a": (("adv", "adv"),),
     "a2s": (("adv", "clean"),),
@@ -58,7 +58,7 @@ class ACL(Method):
         steps: int = 5,  # K, steps of Eq. (3); 0 leaves random noise, a control
         step_size: float = 0.0,  # alpha; 0 means 2.5 * eps / steps
         sign: int = 1,  # s: +1 adversary, -1 cooperator
-        dual: bool = True,  # a BatchNorm branch for each kind of image; False: one for all, Eq. (5), a control
+        dual: bool = True,  # a BatchNorm branch for each kind of image; False: one scale, shift and running average for all, a control; in training each stream is still normalised by its own batch
         eval_branch: str = "",  # "adv" or "clean", evaluated and exported; empty: "adv" wherever it is trained
         upstream: bool = False,  # the official attack, whose random start may leave [0, 1]
         hidden_dim: int = 512,  # width of the projector
@@ -132,6 +132,5 @@ class ACL(Method):
             attacked = "adv" in stream
             z1, z2 = self.pair(*(moved if attacked else (x1, x2)), stream)
             total = total + weight * self.loss(z1, z2)  # Eq. (2)
-            with torch.no_grad(): alike = (unit(z1) * unit(z2)).sum(1).mean()
-            self.log(**{"attacked_similarity" if attacked else "pair_similarity": alike})
+            with torch.no_grad(): self.log(**{"attacked_similarity" if attacked else "pair_similarity": cosine(z1, z2).mean()})
         yield total, self.network

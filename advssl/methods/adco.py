@@ -16,7 +16,7 @@ from ..bank import LearnableBank
 from ..contrast import info_nce, unit
 from ..encoders import EMA, mlp_head
 from ..method import Card, Method, Views, register
-from ..processes import gather
+from ..processes import gather, place
 
 # %% ../../nbs/2_contrastive/50_adco.ipynb #8b27dbc6
 @register
@@ -82,7 +82,7 @@ class AdCo(Method):
         self.temperature, self.in_batch, self.symmetric = temperature, in_batch, symmetric
 
     def prepare(self, batches, images):
-        "Fill the bank with keys of the first encoder, as the paper does."
+        "Fill the bank with keys of the untrained encoder; the official code trains it meanwhile."
         self.bank.fill(unit(gather(self.slow(views.strong2))) for views in batches)
 
     def contrast(
@@ -91,7 +91,7 @@ class AdCo(Method):
         keys: Tensor,  # unit keys of all processes, shape (processes * n, embedding_dim)
     ) -> tuple[Tensor, Tensor]:  # loss, Eq. (2), and the pull on the bank, Eq. (3)
         "One set of queries against keys and bank."
-        offset = torch.distributed.get_rank() * len(q) if len(keys) > len(q) else 0
+        offset = place()[0] * len(q)
         k = keys[offset : offset + len(q)]
         similarities = q @ self.bank.directions.T
         if self.in_batch: loss = info_nce(q, keys, similarities, temperature=self.temperature, in_batch=True, offset=offset)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..attack import Perturbation, frozen
 from ..clusters import pseudo_labels
-from ..contrast import supcon, unit
+from ..contrast import cosine, supcon
 from ..encoders import add_branches, branch, mlp_head
 from ..method import Card, Method, Views, register
 from ..processes import gather
@@ -100,7 +100,7 @@ class AdvCL(Method):
         self.labeler = labeler.requires_grad_(False)
         self.projector = mlp_head(encoder.out_dim, hidden_dim, embedding_dim, batch_norm=True)
         self.clusters = [int(k) for k in clusters.split() if k.isdigit()]
-        if not clusters or clusters != " ".join(map(str, self.clusters)):
+        if clusters != " ".join(map(str, self.clusters)) or min(self.clusters, default=0) < 1:
             raise ValueError(f"clusters are numbers of clusters with one blank between them, such as '2 10 50', got {clusters!r}")
         self.heads = nn.Linear(encoder.out_dim, sum(self.clusters))  # all W_k, one below the other
         self.register_buffer("labels", torch.zeros(0, len(self.clusters), dtype=torch.int64))
@@ -179,7 +179,7 @@ class AdvCL(Method):
         if x_con is not None: h = torch.cat([h, self.features(x_con, "adv")])
         z = self.stacked(h, n)
         objective = self.loss(z)
-        with torch.no_grad(): self.log(pair_similarity=(unit(z[0]) * unit(z[1])).sum(1).mean(), last_similarity=(unit(z[0]) * unit(z[-1])).sum(1).mean())
+        with torch.no_grad(): self.log(pair_similarity=cosine(z[0], z[1]).mean(), last_similarity=cosine(z[0], z[-1]).mean())
         if x_pse is not None:
             pseudo = self.pseudo_loss(self.features(x_pse, "pseudo"), labels).mean()
             self.log(contrast=objective, pseudo=pseudo)

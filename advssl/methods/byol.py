@@ -22,7 +22,7 @@ def _directions(z: Tensor) -> Tensor: return unit(z.to(torch.promote_types(z.dty
 def bootstrap_loss(
     q: Tensor,  # predictions, shape (n, d); need not be normalised
     z: Tensor,  # what they should predict, the same shape
-) -> Tensor:  # shape (n,), in [0, 4]
+) -> Tensor:  # shape (n,), in [0, 4] up to rounding
     "Squared distance of directions, Eq. (1). Grill et al. 2020."
     return 2 - 2 * (_directions(q) * _directions(z)).sum(-1)
 
@@ -89,7 +89,7 @@ class BYOL(Method):
         self,
         q: Sequence[Tensor],  # predictions from the two views
         z: Sequence[Tensor],  # the target's embeddings of the two views
-    ) -> Tensor:  # scalar in [0, 8]
+    ) -> Tensor:  # scalar in [0, 8] up to rounding
         "Each view predicts the other, Eq. (2)."
         return (bootstrap_loss(q[0], z[1]) + bootstrap_loss(q[1], z[0])).mean()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attack import fgsm, frozen
-from ..contrast import nt_xent, unit
+from ..contrast import cosine, nt_xent
 from ..encoders import add_branches, branch, mlp_head
 from ..method import Card, Method, Views, register
 from ..processes import gather
@@ -52,6 +52,7 @@ class CLAE(Method):
     ):
         super().__init__(encoder)
         if sign not in (1, -1): raise ValueError(f"sign must be +1 (adversary) or -1 (cooperator), got {sign!r}")
+        if weight < 0: raise ValueError(f"weight must be >= 0, got {weight}: sign chooses the direction")
         if not 0 <= momentum <= 1: raise ValueError(f"momentum is the share of the newest batch, in [0, 1], got {momentum}")
         self.projector = mlp_head(encoder.out_dim, hidden_dim, embedding_dim)
         add_branches(self, ("clean", "adv"), {"adv": momentum})
@@ -93,6 +94,5 @@ class CLAE(Method):
         x_adv = self.attack(x1)
         z1, z2 = (gather(z) for z in self.embed(torch.cat([x1, x2])).chunk(2))  # the clean branch sees both views
         with branch(self, "adv"): z_adv = gather(self.embed(x_adv))
-        with torch.no_grad(): u1, u2, u_adv = unit(z1), unit(z2), unit(z_adv)
-        self.log(pair_similarity=(u1 * u2).sum(1).mean(), attacked_similarity=(u1 * u_adv).sum(1).mean())
+        with torch.no_grad(): self.log(pair_similarity=cosine(z1, z2).mean(), attacked_similarity=cosine(z1, z_adv).mean())
         yield self.loss(z1, z2) + self.weight * self.loss(z1, z_adv), self.network  # Eq. (1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attack import Perturbation
-from ..contrast import unit
+from ..contrast import cosine
 from ..method import Card, Method, Views, register
 from ..threat import make_threat
 
@@ -53,6 +53,7 @@ class DeACL(Method):
         clip_start: bool = True,  # keep the random start within the pixel range; False as in the official code
     ):
         super().__init__(encoder)
+        if weight < 0: raise ValueError(f"weight must be >= 0, got {weight}: sign chooses the direction")
         self.teacher = teacher.requires_grad_(False)
         self.weight, self.detach, self.from_teacher = weight, detach, from_teacher
         self.player = Perturbation(make_threat(norm, eps), steps, step_size or None, sign=sign, clip_start=clip_start)
@@ -73,7 +74,7 @@ class DeACL(Method):
         b: Tensor,  # features, shape (n, d)
     ) -> Tensor:  # -cos, shape (n,), in [-1, 1]
         "Minus the cosine of each pair, the measure of Eqs. (1) and (2)."
-        return -(unit(a) * unit(b)).sum(-1)
+        return -cosine(a, b)
 
     def loss(
         self,

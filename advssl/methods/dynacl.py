@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..augment import RECIPES, Recipe
-from ..contrast import nt_xent, unit
+from ..contrast import cosine, nt_xent
 from ..encoders import branch
 from ..method import Card, Views, register
 from ..processes import gather
@@ -38,7 +38,7 @@ def agreement(
     temperature: float = 0.5,  # tau > 0
 ) -> Tensor:  # logarithms of probabilities, shape (n,)
     "How well a and b agree, as a distribution over the batch, Eq. (6)."
-    return ((unit(a) * unit(b)).sum(1) / temperature).log_softmax(0)
+    return (cosine(a, b) / temperature).log_softmax(0)
 
 
 def divergence(
@@ -137,8 +137,10 @@ class DynACL(ACL):
     ):
         shared = dict(temperature=temperature, norm=norm, eps=eps, steps=steps, step_size=step_size, sign=sign, eval_branch=eval_branch)
         super().__init__(encoder, **shared, upstream=upstream, hidden_dim=hidden_dim, embedding_dim=embedding_dim, layers=layers)
-        for name, value in (("final_strength", final_strength), ("refresh", refresh), ("momentum", momentum)):
+        for name, value in (("final_strength", final_strength), ("refresh", refresh)):
             if not 0 <= value <= 1: raise ValueError(f"{name} must be in [0, 1], got {value}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}: at 1 the slow encoder, which is evaluated, never moves")
         if swap < 0: raise ValueError(f"swap must be >= 0, got {swap}: it moves weight to the attacked stream")
         if air not in ("none", "exact", "product", "upstream"):
             raise ValueError(f"air must be 'none', 'exact', 'product' or 'upstream', got {air!r}")

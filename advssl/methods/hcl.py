@@ -55,10 +55,11 @@ class HCL(SimCLR):
 
     def loss(
         self,
-        z1: Tensor,  # embeddings of view 1, shape (n, embedding_dim), not normalised
+        z1: Tensor,  # embeddings of view 1 in all processes, shape (n, embedding_dim), n > 1, not normalised
         z2: Tensor,  # of view 2
     ) -> Tensor:  # scalar
         "Both views ask; the negatives of Eq. (8) answer."
+        if len(z1) < 2: raise ValueError(f"a batch of {len(z1)} has no negatives: give at least two images")
         pos, neg = view_pairs(unit(torch.stack([z1, z2])))
         log_neg, clamped = hard_log_sum(pos, neg, **self.draw)
         self.log(clamped=clamped.float().mean())  # their negatives have no gradient

@@ -81,8 +81,8 @@ class Hybrid(CaCo):
         first, second = (self.bank.nearest(unit(self.slow(x))) for x in (views.strong1, views.strong2))  # from clean keys
         moved = self.attack(views.strong1, second)
         q1, q2 = (unit(embed(x)) for x in (moved, views.strong2))
-        self.log(**self.bank.metrics(q1[:16].detach(), positives=second[:16]))  # a few queries: means over many steps are logged
         losses, pulls = zip(self.contrast(q1, second), self.contrast(q2, first))
+        self.log(**self.bank.metrics(q1[:16].detach(), positives=second[:16]))  # a few queries: means over many steps are logged
         yield sum(losses), self.network
         self.bank.move(*pulls)
         self.slow.update(embed, cosine_momentum(self.slow.momentum, self.progress))

@@ -9,7 +9,7 @@ __all__ = ['IFM']
 from torch import Tensor, nn
 
 from ..contrast import info_nce
-from ..method import Card, register
+from ..method import Card, register, stated
 from .moco import MoCo
 
 # %% ../../nbs/2_contrastive/64_ifm.ipynb #8195d0fe
@@ -42,7 +42,7 @@ class IFM(MoCo):
             },
             "official optimizer: biases and BatchNorm are decayed too": {"decay_all": True},
         },
-        "imagenet": {"ours: MoCo-v2's recipe": {k: v for fields in MoCo.published["imagenet"].values() for k, v in fields.items()}},
+        "imagenet": {"ours: MoCo-v2's recipe": stated(MoCo.published)["imagenet"]},
     }
 
     def __init__(
@@ -55,7 +55,7 @@ class IFM(MoCo):
         temperature: float = 0.2,  # tau > 0
         queue_size: int = 65536,  # K, number of former keys
         momentum: float = 0.99,  # of the slow network that makes the keys
-        shares: int = 1,  # parts of a batch that BatchNorm sees apart
+        shares: int = 1,  # parts of a process's slice of a batch that BatchNorm sees apart; the keys are permuted within the slice
         symmetric: bool = False,  # each view is the query once; the losses are averaged
         skip_own: bool = True,  # former keys of the query's own image are no negatives
         hidden_dim: int = 512,  # width of the projector

@@ -104,6 +104,8 @@ class Jigsaw(Pretext):
         self.grid, self.bias = grid, 0.9 if upstream else 1.0
         official = lambda n: torch.cat([torch.arange(n)[None], random_orders(classes - 1, n, torch.Generator().manual_seed(order_seed))])
         self.register_buffer("orders", official(grid**2) if upstream else far_orders(classes, grid**2, order_seed))
+        if len(self.orders.unique(dim=0)) < classes:
+            raise ValueError(f"two of the {classes} orders are equal: choose fewer classes, a finer grid or another order_seed")
         self.head = nn.Linear(encoder.out_dim, classes)
 
     def task(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contrast import mix_pairs, mix_query
-from ..method import Card, register
+from ..method import Card, register, stated
 from .moco import MoCo
 from ..processes import own_rows
 
@@ -37,17 +37,17 @@ class MoCHi(MoCo):
         base="CL", adversary="hard negative mixing", level="feature", combined="yes", sign=+1, tables=(1, 2),
         source="https://europe.naverlabs.com/research/computer-vision/mochi/",
     )
-    recipes = {  # MoCo's, with N a sixteenth of the queue
+    recipes = {  # MoCo's, with N a sixteenth of the queue, in `smoke` an eighth
         "smoke": MoCo.recipes["smoke"] | {"candidates": 32, "pairs": 16, "query_mixes": 8},
         "demo": MoCo.recipes["demo"] | {"candidates": 256, "pairs": 128, "query_mixes": 32},
     }
     published = {
         scale: {
-            "ours: MoCo-v2's recipe, as no code and no recipe of MoCHi was found": {k: v for fields in sources.values() for k, v in fields.items()},
+            "ours: MoCo-v2's recipe, as no code and no recipe of MoCHi was found": recipe,
             "ours: how many are mixed, less for a smaller queue": dict(zip(
                 ("candidates", "pairs", "query_mixes"), (256, 256, 64) if scale == "cifar10" else (1024, 512, 128), strict=True)),
         }
-        for scale, sources in MoCo.published.items()
+        for scale, recipe in stated(MoCo.published).items()
     }
 
     def __init__(
@@ -61,7 +61,7 @@ class MoCHi(MoCo):
         temperature: float = 0.2,  # tau > 0
         queue_size: int = 65536,  # K, number of former keys
         momentum: float = 0.999,  # of the slow network that makes the keys
-        shares: int = 1,  # parts of a batch that BatchNorm sees apart
+        shares: int = 1,  # parts of a process's slice of a batch that BatchNorm sees apart; the keys are permuted within the slice
         symmetric: bool = False,  # each view is the query once; the losses are averaged
         skip_own: bool = True,  # former keys of the query's own image are no negatives, nor are they mixed
         hidden_dim: int = 512,  # width of the projector

@@ -56,7 +56,7 @@ class MoCo(Method):
         temperature: float = 0.2,  # tau > 0
         queue_size: int = 65536,  # K, number of former keys
         momentum: float = 0.999,  # m in [0, 1], Eq. (3)
-        shares: int = 1,  # S, parts of a batch that BatchNorm sees apart; the keys are permuted
+        shares: int = 1,  # S, parts of a process's slice of a batch that BatchNorm sees apart; the keys are permuted within the slice
         symmetric: bool = False,  # each view is the query once; the losses are averaged
         skip_own: bool = True,  # former keys of the query's own image are no negatives
         hidden_dim: int = 512,  # width of the projector; 2048 in the paper
@@ -73,7 +73,7 @@ class MoCo(Method):
         self,
         x: Tensor,  # images in [0, 1], shape (n, channels, height, width)
     ) -> Tensor:  # unit keys, shape (n, embedding_dim), without gradient
-        "Keys, made in another order than the queries, so that no share of a batch holds a query and its key."
+        "Keys, made in another order than the queries, so that in its share a key does not keep its query's company."
         order = own_rows(lambda n: torch.rand(n, generator=self.generator, device=x.device), len(x)).argsort()
         return unit(self.slow(x[order]))[order.argsort()]
 
@@ -120,7 +120,7 @@ class MoCo(Method):
             q, k = unit(embed(x)), self.keys(partner)
             losses.append(self.loss(q, k, *self.negatives(q, k, views.index)))
             keys.append(k)
-        with torch.no_grad(): self.log(positive=(q * k).sum(1).mean(), negative=(q @ self.queue.rows.T).mean())
+        with torch.no_grad(): self.log(positive=(q * k).sum(1).mean(), negative=(q.mean(0) * self.queue.rows.mean(0)).sum())
         yield torch.stack(losses).mean(), self.network
         for k in keys: self.push(k, views.index)  # after the backward pass, which still needs the old rows
         self.slow.update(embed)  # Eq. (3)

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..attack import Perturbation, frozen
-from ..contrast import nt_xent, unit
+from ..contrast import cosine, nt_xent
 from ..encoders import mlp_head
 from ..method import Card, Method, Views, register
 from ..processes import gather
@@ -60,6 +60,7 @@ class RoCL(Method):
         embedding_dim: int = 128,  # what the loss sees
     ):
         super().__init__(encoder)
+        if weight < 0: raise ValueError(f"weight must be >= 0, got {weight}: sign chooses the direction")
         self.projector = mlp_head(encoder.out_dim, hidden_dim, embedding_dim)
         self.player = Perturbation(make_threat(norm, eps), steps, step_size or None, sign=sign)
         self.weight = weight
@@ -96,8 +97,7 @@ class RoCL(Method):
         x1, x2 = views.strong1, views.strong2
         x_adv = self.attack(x1, x2)
         z1, z2, z_adv = (gather(z) for z in self.embed(torch.cat([x1, x2, x_adv])).chunk(3))  # BatchNorm sees all three
-        with torch.no_grad(): u1, u2, u_adv = unit(z1), unit(z2), unit(z_adv)
-        self.log(pair_similarity=(u1 * u2).sum(1).mean(), attacked_similarity=(u_adv * u2).sum(1).mean())
+        with torch.no_grad(): self.log(pair_similarity=cosine(z1, z2).mean(), attacked_similarity=cosine(z_adv, z2).mean())
         yield self.loss(z1, z2, z_adv) + self.weight * self.loss(z_adv, z2), self.network  # Eq. (2)
 
 # %% ../../nbs/2_contrastive/20_rocl.ipynb #80a28a13

@@ -41,6 +41,7 @@ class PatchChoice(nn.Module):
         heads: int,  # attention heads
     ):
         super().__init__()
+        if min(dim, heads) < 1 or depth < 0: raise ValueError(f"dim and heads are at least 1 and depth at least 0, got {dim}, {heads} and {depth}")
         if dim % 4 or dim % heads: raise ValueError(f"dim must be a multiple of 4 and of heads, got {dim} with {heads} heads")
         self.embed = nn.Linear(width, dim)
         self.ask = nn.Parameter(0.02 * torch.randn(1, 1, dim))  # u_0

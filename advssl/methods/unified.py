@@ -95,9 +95,10 @@ class Unified(ACL):
         self,
         x1: Tensor,  # the view that moves, images in [0, 1]
         x2: Tensor,  # its partner, which stays
-        mask: Tensor | None = None,  # see `question`
+        mask: Tensor | None = None,  # see `question`; None: drawn here
     ) -> Tensor:  # x1 + delta, detached
         "The player's move against the sum, Eq. (3), and against a network that holds still."
+        if mask is None: mask = self.question(x1)
         with frozen(self):  # evaluation mode: rows are independent, so the partner is a constant
             with torch.no_grad(): z2 = gather(self.embed(x2, "clean")) if self.weight < 1 else None
             return self.player.find(lambda x: self.joint(self.terms(x, x1, mask, lambda: z2)), x1, generator=self.generator)

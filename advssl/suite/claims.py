@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..evaluate.compare import Effect, difference, difference_rows, holm, screening, unpack
+from ..evaluate.finetune import epochs_to
 from ..evaluate.protocol import result_key
 from .grid import faster_seeds
 from .ledger import CLAIMS, Claim, Comparison, Side
@@ -107,8 +108,9 @@ def _speed(part: Comparison, a: Sequence[dict], b: Sequence[dict]) -> Found:
     record = lambda row: row["evaluation"].get(f"{part.a.mode}.clean", {})
     lost = tuple(str(s) for s, found in ((part.a, a), (part.b, b)) if any("history" not in record(r) for r in found))
     if lost: return Found(part, missing=lost)
-    epochs = ["/".join(str(record(r)["epoch"]) for r in found) for found in (a, b)]
-    return Found(part, word=faster_seeds(a, b), seeds=len(a), detail=f"best epoch {epochs[0]} against {epochs[1]}")
+    best = {r["seed"]: max(h["robust"] for h in record(r)["history"]) for r in b}
+    reached, own = ("/".join(str(epochs_to(record(r)["history"], best[r["seed"]]) or "never") for r in found) for found in (a, b))
+    return Found(part, word=faster_seeds(a, b), seeds=len(a), detail=f"reached after epoch {reached} against {own}")
 
 
 def _measure(part: Comparison, found: dict[Side, list[dict]], scale: str, attack: str) -> Found:

@@ -18,7 +18,7 @@ from ..evaluate.finetune import epochs_to, finetune
 from ..evaluate.statistics import Accuracy
 from ..pretrain import restore
 from .store import CELLS, CONTRADICTED, NO_DATA, SUPPORTED, UNDECIDED, rows, together, write_result
-from .scales import evaluate_run, grid_scale, labelled, run_folder
+from .scales import evaluate_run, grid_scale, labelled, run_folder, scale_of
 from .targets import Target, cell_configs
 from ..threat import make_threat
 
@@ -30,7 +30,7 @@ def finetune_cell(
 ) -> Path:  # of cell.json
     "Fine-tune a run in one mode, or go on where that was interrupted, and leave a row."
     folder, began = Path(folder), time.monotonic()
-    scale = scale or folder.resolve().parts[-3]
+    scale = scale or scale_of(folder)
     found = evaluate_run(folder, grid_scale(scale), protocols=[mode], keep=folder)
     config, pointer = (json.loads((folder / name).read_text()) for name in ("config.json", "checkpoint.json"))
     return write_result(folder / mode, scale, config, found, {"cell": time.monotonic() - began}, "cell.json", mode=mode, stands_on=pointer["files"])

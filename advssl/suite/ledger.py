@@ -106,7 +106,7 @@ CLAIMS = (
     Claim("cooperative", "A bank whose positives cooperate raises linear accuracy over one of adversaries alone.", "CaCo and AdCo, READMEs", _each(("caco",), "adco", "clean")),
     Claim("features-not-pixels", "Adversaries on features do not by themselves give robustness to pixels.", f"{SURVEY}, section 1", _each(("moco-v2", "moco-v2", "moco-v2", "moco-v2", "simclr"), ("adco", "caco", "mochi", "ifm", "hcl"), bound=BRINGS_NOTHING)),
     Claim("harder-masks", "A harder masking game improves features.", f"{SURVEY}, section 1.3; abstracts of ADIOS and AdPE", _each(("adios", "adpe", "advmim"), ("simclr", "mae", "mae"), "clean"),
-          note="ADIOS stands on SimCLR here and is compared with it."),
+          note="ADIOS stands on SimCLR here and is compared with it. AdPE also carries mask tokens in its encoder, as MAE+ does and MAE does not."),
     Claim("unify", "Contrast beside an adversarial masking objective gives better features.", f"{SURVEY}, section 1.4, unification", _each(("unified",), "advmim", "clean")),
     Claim("hybrid", "An adversary on images makes a shared memory of cooperators robust.", f"{SURVEY}, section 1.4, adversarial and cooperative", _each(("hybrid",), "caco")),
     Claim("noise-overstates", "Plain PGD overstates the robustness of random smoothing.", "RUSH, the authors' remark in arXiv v2", _each(("rush",), "rush", "pgd", other="eot")),

@@ -123,8 +123,11 @@ NOTEBOOKS = HOME / "experiments" if (HOME / "experiments").is_dir() else HOME.pa
 
 
 def sources() -> list[Path]:
-    "Our source files and the notebooks of the targets."
-    return sorted([*HOME.rglob("*.py"), *HOME.glob("workflow/**/*"), *NOTEBOOKS.glob("*.ipynb")])
+    "Our source files, methods in folders of one's own, what others published, and the notebooks of the targets."
+    from advssl import methods
+
+    own = [path for folder in methods.__path__ for path in Path(folder).glob("*.py")]
+    return sorted({*HOME.rglob("*.py"), *own, *HOME.glob("assets/*"), *HOME.glob("workflow/**/*"), *NOTEBOOKS.glob("*.ipynb")})
 
 
 def write_note(
@@ -133,7 +136,9 @@ def write_note(
     files: Iterable[Path | str],  # that it answers for
 ) -> None:
     "Remember a call that succeeded."
-    path.write_text(json.dumps({"request": request, "state": state_of([*sources(), *files])}) + "\n")
+    from advssl.checkpoint import write_atomic  # not at the top: a call with nothing to do must not load torch
+
+    write_atomic(path, json.dumps({"request": request, "state": state_of([*sources(), *files])}) + "\n")
 
 
 def nothing_to_do(

@@ -44,6 +44,13 @@ class Passes:
         "Passes per training image."
         return {k: v / images for k, v in asdict(self).items()}
 
+    def units(
+        self,
+        images: int,  # training images of the step
+    ) -> float:  # a forward pass, a backward pass to the input and one to the weights cost 1 each
+        "Price of a step per training image."
+        return (self.graph + self.constant + self.to_input + 2 * self.to_weights) / images
+
 
 @dataclass
 class Call:

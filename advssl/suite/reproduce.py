@@ -9,10 +9,10 @@ __all__ = ['JUDGED', 'SNAKEFILE', 'LAUNCH', 'imported', 'needed_runs', 'plan', '
 # %% ../../nbs/7_suite/80_reproduce.ipynb #cdaf99d4
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -83,7 +84,7 @@ def plan(
     known = repr([cls.card for cls in methods().values()]) + sha256(HOME / "assets" / "published.csv")  # what tables say beside rows
     cards = hashlib.sha256(known.encode()).hexdigest()[:12]
     return {
-        "scale": scale, "python": sys.executable, "notebooks": str(NOTEBOOKS), "runs": str(Path(runs).resolve()), "figures": str(Path(figures).resolve()),
+        "scale": scale, "gpu": get_scale(scale).threads == 0, "python": sys.executable, "notebooks": str(NOTEBOOKS), "runs": str(Path(runs).resolve()), "figures": str(Path(figures).resolve()),
         "executed": str(Path(runs, scale, "targets").resolve()), "jobs": jobs, "cells": cells,
         "targets": {t.name: {"jobs": [j for j in read[t.name] if j in jobs], "cells": [c for c in tuned[t.name] if c in cells], "after": t.after, "code": code_digest(*imported(t)) + cards} for t in wanted},
     }
@@ -100,9 +101,9 @@ def set_aside(
     other_code = made_by not in (None, training_code(FineTune if recipe else get_method(method)))
     other_recipe = recipe and record.exists() and json.loads(record.read_text())["settings"] != recipe
     if other_code or other_recipe:
-        grave = folder.parent / f".stale-{folder.name}-{made_by}{'-' + sha256(record)[:8] if recipe else ''}"
-        if grave.exists(): shutil.rmtree(folder)
-        else: folder.rename(grave)
+        name = f".stale-{folder.name}-{made_by}{'-' + sha256(record)[:8] if recipe else ''}"
+        graves = (folder.parent / f"{name}{f'-{n}' if n else ''}" for n in itertools.count())
+        folder.rename(next(grave for grave in graves if not grave.exists()))
     elif result.exists() and json.loads(result.read_text())["code"] != result_code(method):
         result.rename(result.with_suffix(".stale.json"))
 
@@ -186,6 +187,8 @@ def reproduce(
     only: Sequence[str] = (),  # keys of methods; empty means all
 ) -> int:  # exit status: 0 where everything is there
     "Make the targets, training and evaluating what is missing."
+    for name in ("snakemake", "papermill", "execnb", "matplotlib"):  # before anything is written
+        if find_spec(name) is None: raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     work, place = Path(runs, scale), machine(profile, cores)
     todo = plan(targets, scale, runs, figures, only)
     with only_one(work) as hold:
@@ -197,7 +200,9 @@ def reproduce(
         if code not in (0, 130) and not dry_run and (left := rest(todo, work)) != todo:
             write_atomic(work / "plan.json", json.dumps(left, indent=1) + "\n")
             snakemake(work, place, hold)
-        if not dry_run: write_store(Path(figures, scale, STORE), runs, scale)
+        store = Path(figures, scale, STORE)
+        if not dry_run and (lost := write_store(store, runs, scale)):
+            print(f"advssl: {store} stays as it is: {lost} of its rows are not in {work}; remove it to write it from these runs alone", file=sys.stderr)
         if code == 0 and not dry_run:
             made = [work / job / "result.json" for job in todo["jobs"]] + [work / cell / "cell.json" for cell in todo["cells"]]
             made += [Path(figures, scale, f"{t}.provenance.json") for t in todo["targets"]]
@@ -212,6 +217,7 @@ def redraw(
     cores: int = 0,  # targets at a time; 0 means as many as there are cores
 ) -> int:  # exit status: 0 where everything was drawn
     "Draw tables and figures from the scale's store of rows."
+    get_scale(scale)  # an unknown name is told as one
     store, wanted = Path(figures, scale, STORE).resolve(), [t.name for t in find_targets(targets)]
     if not store.exists(): raise FileNotFoundError(f"there is no store of rows at {store}: `advssl reproduce --scale {scale}` makes one, from runs")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(cores or os.cpu_count()) as pool:

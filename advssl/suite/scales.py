@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CIFAR10', 'STL10', 'IMAGENET', 'IMAGENET100', 'SCALES', 'FLAT', 'Scale', 'get_scale', 'departures', 'resolve',
-           'run_key', 'job_name', 'run_folder', 'parent_folders', 'difference', 'labelled', 'evaluate_run',
+           'run_key', 'job_name', 'run_folder', 'parent_folders', 'difference', 'labelled', 'scale_of', 'evaluate_run',
            'grid_scale', 'cell_recipe']
 
 # %% ../../nbs/7_suite/20_scales.ipynb #b53721ec
@@ -201,6 +201,14 @@ def labelled(
     return data
 
 
+def scale_of(
+    folder: Path | str,  # of a run, or the name of an encoder from elsewhere
+) -> str:  # name of a scale
+    "The scale that a run lies in, else demo."
+    parts = Path(folder).resolve().parts
+    return parts[-3] if len(parts) > 2 and parts[-3] in SCALES else "demo"
+
+
 def evaluate_run(
     folder: Path | str,  # runs/<scale>/<method>/<seed>-<key>; or an encoder from elsewhere, see `open_encoder`
     scale: str | Scale | None = None,  # default: the one that the folder lies in, or demo
@@ -214,7 +222,7 @@ def evaluate_run(
     "Evaluate a finished run, or an encoder from elsewhere on the scale's data."
     device = "cuda" if torch.cuda.is_available() else "cpu"
     method, config = (None, None) if is_foreign(str(folder)) else restore(folder, device)
-    s = scale if isinstance(scale, Scale) else get_scale(scale or (Path(folder).resolve().parts[-3] if method else "demo"))
+    s = scale if isinstance(scale, Scale) else get_scale(scale or scale_of(folder))
     encoder, data, seed, threads = (method.evaluated(), config.data, config.seed, config.threads) if method else (str(folder), s.data, 0, s.threads)
     if threads: torch.set_num_threads(threads)
     names = {"protocols": protocols or STANDARD, "attacks": s.attacks if attacks is None else attacks, "measures": s.measures if measures is None else measures}

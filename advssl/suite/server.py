@@ -32,8 +32,10 @@ def ask(
     with socket.socket(socket.AF_UNIX) as line:
         try: line.connect(path)
         except OSError: return None
-        line.sendall(json.dumps({"words": words, "folder": os.getcwd(), "environment": dict(os.environ)}).encode() + b"\n")
-        answer = line.recv(1)
+        try:
+            line.sendall(json.dumps({"words": words, "folder": os.getcwd(), "environment": dict(os.environ)}).encode() + b"\n")
+            answer = line.recv(1)
+        except ConnectionError: return None  # the server died before it took the line
     return answer[0] if answer else 1
 
 # %% ../../nbs/7_suite/72_server.ipynb #93544a1c
@@ -89,8 +91,10 @@ def server(
                 prepare()
                 serve(door, reading, act)
             except KeyboardInterrupt: pass
+            except BaseException: traceback.print_exc()  # nobody above sees it
             finally: os._exit(0)
         os.close(reading)
+        door.close()  # the server's alone: where it dies, nobody waits for an answer
         os.environ[ADDRESS] = path
         try: yield
         finally:

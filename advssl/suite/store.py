@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'ROWS', 'CELLS', 'KEPT', 'STORE', 'SUPPORTED', 'CONTRADICTED', 'UNDECIDED', 'NO_DATA', 'provenance',
            'result_code', 'write_result', 'rows', 'is_store', 'read_store', 'write_store', 'kept', 'spread', 'Group',
-           'summarise', 'in_percent', 'describe', 'verdict', 'together', 'markdown_table', 'csv_table', 'write_target']
+           'summarise', 'in_percent', 'describe', 'trained_on', 'unequal_training', 'verdict', 'together',
+           'markdown_table', 'csv_table', 'write_target']
 
 # %% ../../nbs/7_suite/10_store.ipynb #4b43d71f
 import csv
@@ -13,6 +14,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,7 +58,7 @@ def _processor() -> str:
 
 def provenance() -> dict[str, Any]:
     "Commit, releases and hardware, JSON-able."
-    dirty = _git("status", "--porcelain", "--untracked-files=no")
+    dirty = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)figures")  # the figures that are being made are no source
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
@@ -108,6 +110,12 @@ def _read(path: Path) -> dict:
     except ValueError as error: raise ValueError(f"{path} is damaged ({error}): remove it and run `advssl reproduce` again") from error
 
 
+def _stale(row: dict) -> bool:
+    "Whether other code would make the row now, or nobody here knows its method."
+    try: return row["code"] != result_code(row["method"])
+    except ValueError: return True
+
+
 def rows(
     runs: Path | str,  # the folder of all runs, or a store: see `write_store`
     scale: str,  # name of the scale
@@ -117,7 +125,7 @@ def rows(
     place = Path(runs, scale)
     if is_store(runs): return [row | {"folder": str(place / Path(file).parent)} for file, row in read_store(runs) if PurePath(file).match(files)]
     found = [(path, _read(path)) for path in sorted(place.glob(files))]
-    return [row | {"folder": str(path.parent), "stale": row["code"] != result_code(row["method"])} for path, row in found]
+    return [row | {"folder": str(path.parent), "stale": _stale(row)} for path, row in found]
 
 # %% ../../nbs/7_suite/10_store.ipynb #9dc27430
 STORE = "rows.jsonl"  # beside the tables of a scale
@@ -146,16 +154,18 @@ def write_store(
     path: Path | str,  # of the store
     runs: Path | str,  # the folder of all runs
     scale: str,  # name of the scale
-) -> None:
-    "Write all rows of a scale into one file, atomically; what was set aside stays out."
+) -> int:  # rows that the store has and the runs have not: then it stays as it is
+    "Write all rows of a scale into one file, atomically; what was set aside stays out. A store that knows more than the runs is not touched."
     place, lines = Path(runs, scale), []
-    for source in sorted(found for files in (ROWS, CELLS, KEPT) for found in place.glob(files)):
-        file = source.relative_to(place)
-        if any(part.startswith(".") for part in file.parts): continue
-        row = _read(source)
-        if "code" in row: row |= {"stale": row["code"] != result_code(row["method"])}
-        lines.append(json.dumps({"file": file.as_posix(), "row": row}) + "\n")
+    found = {file.relative_to(place): file for files in (ROWS, CELLS, KEPT) for file in place.glob(files)}
+    found = {name.as_posix(): file for name, file in sorted(found.items()) if not any(part.startswith(".") for part in name.parts)}
+    if Path(path).exists() and (lost := sum(name not in found for name, _ in read_store(path))): return lost
+    for name, file in found.items():
+        row = _read(file)
+        if "code" in row: row |= {"stale": _stale(row)}
+        lines.append(json.dumps({"file": name, "row": row}) + "\n")
     write_atomic(path, "".join(lines))
+    return 0
 
 
 def kept(
@@ -237,6 +247,23 @@ def describe(
     if any(key not in r["evaluation"] for r in group.rows): return ""
     return in_percent(group.interval(key))
 
+# %% ../../nbs/7_suite/10_store.ipynb #c6d8b05a
+def trained_on(
+    row: dict,  # of a run, or of a cell
+) -> str:  # such as "4 × all" or "2 × 1,920"; nothing for an untrained encoder
+    "Epochs and images of pretraining."
+    config = row["config"]
+    if row["method"] == "untrained": return ""
+    return f"{config['epochs']} × {config['images']:,}" if config["images"] else f"{config['epochs']} × all"
+
+
+def unequal_training(
+    found: Sequence[dict],  # rows
+) -> str:  # a sentence with a space before it, or nothing
+    "What to say beside a table whose lines were not trained alike."
+    if len({trained_on(row) for row in found} - {""}) < 2: return ""
+    return " Methods are pretrained by the recipes of the scale, for different numbers of epochs or images (\"all\": the whole training set of the scale): a difference is one of recipes."
+
 # %% ../../nbs/7_suite/10_store.ipynb #e42b9176
 SUPPORTED, CONTRADICTED, UNDECIDED, NO_DATA = "supported", "contradicted", "undecided at this scale", "no data"
 
@@ -259,6 +286,12 @@ def together(
     return verdicts[0] if len(set(verdicts)) == 1 else UNDECIDED
 
 # %% ../../nbs/7_suite/10_store.ipynb #b707f2eb
+def _cell(value: Any) -> str:
+    "A value in a cell of Markdown: a bar ends a cell, also within a formula, where it has names."
+    text = re.sub(r"\$[^$]*\$", lambda m: m[0].replace("\\|", "\\Vert ").replace("|", "\\vert "), "" if value is None else str(value))
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
 def markdown_table(
     table: Sequence[dict[str, Any]],  # rows with the same keys
     right: Sequence[str] = (),  # columns to align to the right
@@ -266,9 +299,8 @@ def markdown_table(
     "A Markdown table."
     if not table: return "*No rows yet.*\n"
     names = list(table[0])
-    cell = lambda v: ("" if v is None else str(v)).replace("|", "\\|").replace("\n", " ")
     lines = [names, ["--:" if n in right else "---" for n in names], *([row[n] for n in names] for row in table)]
-    return "".join("| " + " | ".join(map(cell, line)) + " |\n" for line in lines)
+    return "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
 
 
 def csv_table(

@@ -80,13 +80,19 @@ def find_targets(
     return [TARGETS[name] for name in dict.fromkeys(name for t in asked for name in (*t.after, t.name))]
 
 
+def _chosen(
+    only: Sequence[str],  # keys of methods; empty means all
+) -> set[type]:
+    "Classes of methods; an unknown key is an error."
+    return {get_method(name) for name in only or methods()}
+
+
 def configs(
     scale: str,  # name of the scale
     only: Sequence[str] = (),  # keys of methods; empty means all
 ) -> list[Config]:
     "The runs of a scale: every method and an untrained encoder of each kind in use, for every seed."
-    s, found = get_scale(scale), []
-    chosen = {get_method(name) for name in only or methods()}
+    s, found, chosen = get_scale(scale), [], _chosen(only)
     names = [key for key, cls in methods().items() if cls in chosen and key != "untrained"]
     for seed in s.seeds:
         for kind in dict.fromkeys(get_method(n).backbone for n in names):
@@ -111,7 +117,7 @@ def variant_configs(
     only: Sequence[str] = (),  # keys of methods; empty means all
 ) -> dict[str, list[Config]]:  # label: a run for every seed
     "The runs that a target has for itself."
-    chosen = {get_method(name) for name in only or methods()}
+    chosen = _chosen(only)
     wanted = {label: variant for label, variant in target.variants.items() if get_method(variant[0]) in chosen}
     return {label: [resolve(method, scale, seed, how) for seed in get_scale(scale).seeds] for label, (method, how) in wanted.items()}
 
@@ -133,7 +139,7 @@ def cell_configs(
     only: Sequence[str] = (),  # keys of methods; empty means all
 ) -> list[tuple[Config, str]]:  # a run and a mode, for every seed
     "The fine-tunings that a target reads; with any method comes the untrained encoder that it is compared with."
-    chosen = {get_method(name) for name in only or methods()}
+    chosen = _chosen(only)
     names = {name for name, _ in target.cells if get_method(name) in chosen}
     if names: names.add("untrained")
     return [(resolve(name, scale, seed), mode) for seed in get_scale(scale).seeds for name, mode in target.cells if name in names]
