@@ -1,28 +1,27 @@
 "ACL: limits, the contract of its attack, its step written out a second time, and mutants that the same checks must reject."
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from common import ORDER, SHAPE, seeded, seeds, signs, snapshot, start_zero, turn, untouched, written_acl_step, written_nt_xent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity_models import TanhEncoder
-from test_rocl import seeded, snapshot, written_loss
 from torch import nn
 
 from advssl.attack import frozen
 from advssl.contrast import nt_xent
 from advssl.encoders import BranchedBatchNorm, branch
-from advssl.method import Views, check_settings, count_passes, get_method, methods, play
+from advssl.method import Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.acl import ACL, FORMS
 from advssl.methods.simclr import SimCLR
 from advssl.pretrain import Config, Run, restore
 
 examples = settings(max_examples=25, deadline=None)
-seeds, signs, forms = st.integers(0, 2**31), st.sampled_from([1, -1]), st.sampled_from(list(FORMS))
-SHAPE = (6, 3, 2, 2)
+forms = st.sampled_from(list(FORMS))
 
 
 def make(cls=ACL, seed=0, dtype=torch.float64, equal=False, **options):
@@ -42,54 +41,17 @@ def make(cls=ACL, seed=0, dtype=torch.float64, equal=False, **options):
     return method, *torch.rand(2, *SHAPE, dtype=dtype)
 
 
-def start_zero(method):
-    method.player = replace(method.player, start="zero")
-    return method
-
-
-def turn(method, x1, x2):
-    (one,) = list(method.turns(Views(strong1=x1, strong2=x2)))
-    return one
-
-
-# a second implementation, with loops
-
-
-def through(method, x, name):
-    "Layer by layer, with the branch picked by hand."
-    for layer in [*method.encoder, *method.projector]:
-        x = layer.branches[name](x) if isinstance(layer, BranchedBatchNorm) else layer(x)
-    return x
-
-
-def written_step(method, form, x1, x2, eps, alpha, steps, sign, tau=0.5):
-    "The attacked views and the objective: every view forwarded by itself where the statistics allow, nothing reused."
-    moved, first, second = [x1, x2], "adv", "clean" if form == "a2s" else "adv"
-    method.eval()
-    for _ in range(steps if form != "s2s" else 0):
-        leaves = [x.clone().requires_grad_() for x in moved]
-        value = written_loss((through(method, leaves[0], first), through(method, leaves[1], second)), tau)
-        grads = torch.autograd.grad(value, leaves)
-        for v in (0,) if form == "a2s" else (0, 1):
-            x, x0 = moved[v] + sign * alpha * grads[v].sign(), (x1, x2)[v]
-            moved[v] = torch.maximum(torch.minimum(x, x0 + eps), x0 - eps).clamp(0, 1)
-    method.train()
-    stream = lambda views, name: written_loss(through(method, torch.cat(views), name).chunk(2), tau)
-    if form == "a2s": objective = written_loss((through(method, moved[0], "adv"), through(method, x2, "clean")), tau)
-    elif form == "a2a": objective = stream(moved, "adv")
-    elif form == "s2s": objective = stream((x1, x2), "clean")
-    else: objective = 0.5 * stream((x1, x2), "clean") + 0.5 * stream(moved, "adv")
-    return moved, objective, torch.autograd.grad(objective, list(method.parameters()))
+# the step, against a second implementation with loops
 
 
 HOW = {"eps": 0.1, "steps": 3, "step_size": 0.04}
 
 
 def agrees(cls, form="ds", sign=1):
-    "Whether a method's attack, objective, gradients, traces and statistics are those of `written_step`."
+    "Whether a method's attack, objective, gradients, traces and statistics are those of `written_acl_step`."
     ours, x1, x2 = make(cls, form=form, sign=sign, **HOW)
     theirs = make(form=form, sign=sign, **HOW)[0]
-    moved, objective, grads = written_step(theirs, form, x1, x2, HOW["eps"], HOW["step_size"], HOW["steps"], sign)
+    moved, objective, grads = written_acl_step(theirs, form, x1, x2, HOW["eps"], HOW["step_size"], HOW["steps"], sign)
     start_zero(ours)
     before = snapshot(ours)
     found = ours.attack(x1, x2)
@@ -258,24 +220,31 @@ def test_contract(seed, form, norm, eps, steps, sign, training, dtype, upstream,
     method.train(training)
     method.encoder[2].train(not training)  # a mixed state must come back too
     method.projector[0].weight.requires_grad_(False)
-    before, kept, flags = snapshot(method), (x1.clone(), x2.clone()), [p.requires_grad for p in method.parameters()]
-    modes, stream = [m.training for m in method.modules()], torch.get_rng_state()
-    actives = [m.active for m in method.modules() if isinstance(m, BranchedBatchNorm)]
-    found = method.attack(x1, x2)
-    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
+    with untouched(method, x1, x2): found = method.attack(x1, x2)
     for x_adv, x, moves in zip(found, (x1, x2), (form != "s2s", form in ("ds", "a2a")), strict=True):
-        assert ((x_adv - x).flatten(1).norm(order, dim=1) <= eps + 1e-6).all()
+        assert ((x_adv - x).flatten(1).norm(ORDER[norm], dim=1) <= eps + 1e-6).all()
         assert x_adv.dtype == dtype and x_adv.min() >= 0 and x_adv.max() <= 1 and not x_adv.requires_grad
         assert moves or x_adv is x
         assert not moves or not torch.equal(x_adv, x)
-    assert torch.equal(x1, kept[0]) and torch.equal(x2, kept[1])
-    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
-    assert modes == [m.training for m in method.modules()] and flags == [p.requires_grad for p in method.parameters()]
-    assert actives == [m.active for m in method.modules() if isinstance(m, BranchedBatchNorm)]
-    assert all(p.grad is None for p in method.parameters())
-    assert torch.equal(torch.get_rng_state(), stream)  # all randomness is the method's generator's
     method.generator = seeded(seed)
     assert all(map(torch.equal, method.attack(x1, x2), found))
+
+
+@pytest.mark.parametrize(("trace", "words"), [
+    (lambda m, x: m.encoder[2].branches["adv"].running_mean.add_(1), "weights or buffers"), (lambda m, x: m.eval(), "modes"),
+    (lambda m, x: m.encoder[1].weight.requires_grad_(False), "flags"), (lambda m, x: setattr(m.encoder[2], "active", "none"), "branches"),
+    (lambda m, x: x.add_(0.1), "inputs"), (lambda m, x: torch.rand(1), "random numbers"),
+    (lambda m, x: m.projector[0].weight.sum().backward(), "a gradient"),
+])
+def test_an_attack_that_leaves_a_trace_is_seen(trace, words):
+    class Careless(ACL):
+        def attack(self, x1, x2):
+            found = super().attack(x1, x2)
+            trace(self, x1)
+            return found
+
+    method, x1, x2 = make(Careless, eps=0.1, steps=1)
+    with pytest.raises(AssertionError, match=words), untouched(method, x1, x2): method.attack(x1, x2)
 
 
 @examples
@@ -352,12 +321,12 @@ def test_without_branches_a_stream_keeps_its_own_batch_statistics():
     apart = make(dual=False)[0]
     embeddings = [apart.projector(apart.encoder(torch.cat(views))).chunk(2) for views in pairs]
     value, _ = turn(method, x1, x2)
-    assert torch.allclose(value, sum(written_loss(z, 0.5) for z in embeddings) / 2, rtol=1e-9)
+    assert torch.allclose(value, sum(written_nt_xent(z, 0.5) for z in embeddings) / 2, rtol=1e-9)
     for key, ours in method.state_dict().items(): assert torch.allclose(ours, apart.state_dict()[key], rtol=1e-9), key
     assert layer.num_batches_tracked == 2
     joint = make(dual=False)[0]
     rows = joint.projector(joint.encoder(torch.cat([view for views in pairs for view in views]))).chunk(4)
-    assert not torch.allclose(value, (written_loss(rows[:2], 0.5) + written_loss(rows[2:], 0.5)) / 2, rtol=1e-4)
+    assert not torch.allclose(value, (written_nt_xent(rows[:2], 0.5) + written_nt_xent(rows[2:], 0.5)) / 2, rtol=1e-4)
 
 
 def test_autocast_trains_every_weight():
@@ -421,24 +390,21 @@ def test_the_method_itself_finds_the_official_perturbation(case):
     assert torch.allclose(found, array(expected["x_adv_after_each_step"][-1]), rtol=0, atol=1e-12)
 
 
-# settings, card, recipes
+# settings, card
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"form": "a2b"}, "unknown form"), ({"form": "s2s", "eval_branch": "adv"}, "trains no branch"),
     ({"eval_branch": "pgd"}, "adv or clean"), ({"sign": 0}, r"\+1 \(adversary\) or -1"), ({"steps": -1}, "steps must be a whole number"),
-    ({"norm": "l3"}, "unknown norm"), ({"eps": -0.1}, "eps"), ({"layers": 0}, "at least one layer"),
+    ({"norm": "l3"}, "unknown norm"), ({"eps": -0.1}, "eps"), ({"layers": 0}, "layers of at least 1"),
 ])
 def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message): make(**wrong)
 
 
-def test_card_and_recipes():
+def test_card():
     assert get_method("ACL") is methods()["acl"] is ACL
     card = ACL.card
     assert (card.type, card.base, card.level, card.combined, card.sign, card.tables) == ("memory-free", "CL", "input", "yes", 1, (1, 2))
     known = settings_of(ACL)
     assert (known["form"], known["norm"], known["eps"], known["steps"], known["sign"], known["dual"]) == ("ds", "linf", 8 / 255, 5, 1, True)
-    config = Config("acl")
-    fields_of_a_run = {f.name: getattr(config, f.name) for f in fields(Config)}
-    for recipe in ACL.recipes.values(): check_settings(fields_of_a_run | known, recipe)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_caco import Net, rows
+from common import Net, rows
 
 from advssl.augment import RECIPES
 from advssl.method import Views, count_passes, play

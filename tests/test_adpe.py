@@ -1,11 +1,11 @@
 "AdPE: its step written out with loops in all four forms, mutants, limits, the search, passes, several processes."
 import functools
 import math
-from dataclasses import fields
 
 import pytest
 import torch
 import torch.nn.functional as F
+from common import ORDER, seeded, seeds, untouched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
@@ -13,19 +13,15 @@ from torch import nn
 
 from advssl.encoders import Encoder
 from advssl.masked import mae_loss, patchify, random_masks
-from advssl.method import Player, Views, check_settings, count_passes, get_method, methods, play
+from advssl.method import Player, Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.adpe import AdPE, RelativeBlocks, Shift, interpolation
 from advssl.pretrain import Config, make_optimizer
 
 examples = settings(max_examples=15, deadline=None)
-seeds = st.integers(0, 2**31)
 FORMS = [(position, mode) for position in ("absolute", "relative") for mode in ("coordinate", "embedding")]
 forms = st.sampled_from(FORMS)
-X = torch.rand(2, 1, 6, 8, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-
-
-def seeded(seed=0): return torch.Generator().manual_seed(seed)
+X = torch.rand(2, 1, 6, 8, generator=seeded(9), dtype=torch.float64)
 
 
 def make(cls=AdPE, seed=0, dtype=torch.float64, **options):
@@ -360,15 +356,11 @@ def test_the_shift_has_no_decay_and_its_own_rate():
 def test_contract_of_the_search(seed, form, ball, sign, searches, training):
     how = {"position": form[0], "mode": form[1], "ball": ball, "sign": sign, "searches": searches, "memory": False, "radius": 0.5}
     method = make(seed=seed, **how).train(training)
-    before, stream = {k: v.clone() for k, v in method.state_dict().items()}, torch.get_rng_state()
-    modes = [m.training for m in method.modules()]
     mask, target = random_masks(2, 12, 0.75, seeded(seed)), patchify((X - 0.5) / 0.5, 2)
     loss = lambda shift: mae_loss(method.reconstruct(X, mask, shift), target, mask)
-    found = method.search(loss, 2)
-    order = 2 if ball == "l2" else math.inf
-    assert found.shape == (2, *method.shift.value.shape) and (found.norm(order, dim=1) <= 0.5 + 1e-9).all() and not found.requires_grad
-    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items()) and all(p.grad is None for p in method.parameters())
-    assert modes == [m.training for m in method.modules()] and torch.equal(torch.get_rng_state(), stream)
+    with untouched(method, X): found = method.search(loss, 2)
+    assert found.shape == (2, *method.shift.value.shape) and not found.requires_grad
+    assert (found.norm(ORDER[ball], dim=1) <= 0.5 + 1e-9).all()
     method.generator = seeded(seed)
     assert torch.equal(method.search(loss, 2), found)
     ((_, movers),) = method.turns(Views(weak=X))
@@ -411,7 +403,7 @@ def test_autocast_and_a_checkpoint(position, mode):
     assert torch.equal(other.encoder.backbone.blocks.index, method.encoder.backbone.blocks.index) if position == "relative" else True
 
 
-# settings, card, recipes
+# settings, card
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
@@ -422,11 +414,9 @@ def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message): make(**wrong)
 
 
-def test_card_and_recipes():
+def test_card():
     assert get_method("AdPE") is methods()["adpe"] is AdPE
     card = AdPE.card
     assert (card.type, card.base, card.level, card.combined, card.sign, card.tables) == ("memory-based", "MIM", "feature", "no", 1, (1,))
     known = settings_of(AdPE)
     assert not {"eps", "norm", "steps"} & known.keys()  # its ball is not one of pixels
-    config = Config("adpe")
-    for recipe in AdPE.recipes.values(): check_settings({f.name: getattr(config, f.name) for f in fields(Config)} | known, recipe)

@@ -1,8 +1,9 @@
 "AdvMIM: limits, the contract of its attack, its step written out a second time, and mutants that the same checks must reject."
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from common import ORDER, seeded, seeds, signs, snapshot, untouched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
@@ -10,21 +11,16 @@ from timm.models.vision_transformer import VisionTransformer
 from advssl.attack import Perturbation
 from advssl.encoders import Encoder
 from advssl.masked import normalise_patches, patchify, random_masks, unpatchify
-from advssl.method import Views, check_settings, count_passes, get_method, methods, play
+from advssl.method import Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.adv_mim import AdvMIM
 from advssl.methods.mae import MAE
-from advssl.pretrain import Config
 from advssl.threat import Linf
 
 examples = settings(max_examples=12, deadline=None)
-seeds, signs = st.integers(0, 2**31), st.sampled_from([1, -1])
 PLACES = [("pixels", "visible"), ("pixels", "all"), ("pixels", "target"), ("embeddings", "visible"), ("embeddings", "all")]
 places, norms = st.sampled_from(PLACES), st.sampled_from(["linf", "l2", "l1"])
-X = 0.2 + 0.6 * torch.rand(3, 1, 6, 8, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-
-
-def seeded(seed=0): return torch.Generator().manual_seed(seed)
+X = 0.2 + 0.6 * torch.rand(3, 1, 6, 8, generator=seeded(9), dtype=torch.float64)
 
 
 def make(cls=AdvMIM, seed=0, dtype=torch.float64, **options):
@@ -105,7 +101,7 @@ def agrees(cls, level="pixels", where="visible", sign=1, **more):
     ours, theirs = make(cls, **how), make(**how)
     mask = random_masks(3, 12, 0.75, seeded())
     found, objective, grads = written_step(theirs, X, mask, level, where, how["eps"], how["step_size"], how["steps"], sign, how["weight"])
-    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    before = snapshot(ours)
     mine = part(ours.attack(X, mask))
     traces = (
         not mine.requires_grad and all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
@@ -318,20 +314,15 @@ def test_contract(seed, place, norm, eps, steps, sign, training, dtype, start):
     method.decoder.head.bias.requires_grad_(False)
     x = X.to(dtype).clone()
     x[0] = x[0].round()  # some pixels at the ends of their range
-    before, kept, flags = {k: v.clone() for k, v in method.state_dict().items()}, x.clone(), [p.requires_grad for p in method.parameters()]
-    modes, stream, mask = [m.training for m in method.modules()], torch.get_rng_state(), random_masks(3, 12, 0.75, seeded(seed))
-    moved, delta = method.attack(x, mask)
-    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
+    mask = random_masks(3, 12, 0.75, seeded(seed))
+    with untouched(method, x, mask): moved, delta = method.attack(x, mask)
     e = method.masked.vit.patch_embed(method.encoder.normalise(x)).detach()
     change = moved - x if level == "pixels" else delta / e.square().mean().sqrt()
-    assert (change.flatten(1).norm(order, dim=1) <= eps * (1 + 1e-4) + 1e-6).all()
+    assert (change.flatten(1).norm(ORDER[norm], dim=1) <= eps * (1 + 1e-4) + 1e-6).all()
     by_patch = patchify(change, 2) if level == "pixels" else change
     assert (by_patch[~free_patches(where, mask)] == 0).all()
-    assert moved.dtype == dtype and moved.min() >= 0 and moved.max() <= 1 and not moved.requires_grad and torch.equal(x, kept)
+    assert moved.dtype == dtype and moved.min() >= 0 and moved.max() <= 1 and not moved.requires_grad
     assert (level == "embeddings") == torch.equal(moved, x) or steps == 0 and start == "zero" or torch.equal(moved, x) == (not change.any())
-    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
-    assert modes == [m.training for m in method.modules()] and flags == [p.requires_grad for p in method.parameters()]
-    assert all(p.grad is None for p in method.parameters()) and torch.equal(torch.get_rng_state(), stream)
     method.generator = seeded(seed)
     again = method.attack(x, mask)
     method.generator = seeded(seed)
@@ -403,7 +394,7 @@ def test_autocast_trains_every_weight(level, where):
     assert set(method.logs) == {"clean", "attacked"} and not any(v.requires_grad for v in method.logs.values())
 
 
-# settings, card, recipes
+# settings, card
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
@@ -417,7 +408,7 @@ def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message): make(**wrong)
 
 
-def test_card_and_recipes():
+def test_card():
     assert get_method("AdvMIM") is methods()["advmim"] is AdvMIM
     card = AdvMIM.card
     assert (card.type, card.base, card.level, card.sign, card.tables) == ("memory-free", "MIM", "input", 1, ())
@@ -426,5 +417,3 @@ def test_card_and_recipes():
     assert (known["where"], known["level"]) == ("visible", "pixels")
     assert card.combined == ("yes" if known["weight"] < 1 else "no")
     assert make().player == Perturbation(Linf(8 / 255), 5)
-    config = Config("advmim")
-    for recipe in AdvMIM.recipes.values(): check_settings({f.name: getattr(config, f.name) for f in fields(Config)} | known, recipe)

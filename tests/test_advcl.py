@@ -1,22 +1,22 @@
 "AdvCL: limits, the contract of its two attacks, its step written out a second time, and mutants that the same checks must reject."
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from common import ORDER, examples, seeded, seeds, signs, snapshot, start_zero, untouched, written_nt_xent
 from hypothesis import given
 from hypothesis import strategies as st
 from parity_models import TanhEncoder
-from test_rocl import examples, seeded, seeds, signs, snapshot, written_loss
 from torch import nn
 
 from advssl.attack import frozen
 from advssl.clusters import pseudo_labels
 from advssl.contrast import nt_xent
 from advssl.encoders import BranchedBatchNorm, branch
-from advssl.method import Views, check_settings, count_passes, get_method, methods, play
+from advssl.method import Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.advcl import BRANCHES, AdvCL, high_pass
 from advssl.pretrain import Config, build
@@ -41,11 +41,6 @@ def make(cls=AdvCL, seed=0, dtype=torch.float64, **options):
     method.generator = seeded(seed)
     t1, t2, x = torch.rand(3, *SHAPE, dtype=dtype)
     return method, Views(strong1=t1, strong2=t2, weak=x, index=torch.arange(6) + 2)
-
-
-def start_zero(method):
-    method.player = replace(method.player, start="zero")
-    return method
 
 
 def move(method, views):
@@ -98,13 +93,13 @@ def written_step(method, views, eps, alpha, steps, sign, weight, radius=1.0, tau
     for _ in range(steps):
         a, b = (t.clone().requires_grad_() for t in both)
         z = method.projector(torch.cat([f(a, "adv"), *(f(t, "clean") for t in (views.strong1, views.strong2, high))])).chunk(4)
-        J = written_loss(z, tau) / 3 + weight * written_pseudo(method, f(b, "pseudo"), labels)
+        J = written_nt_xent(z, tau) / 3 + weight * written_pseudo(method, f(b, "pseudo"), labels)
         moved = [t.detach() + sign * alpha * g.sign() for t, g in zip((a, b), torch.autograd.grad(J, (a, b)), strict=True)]
         both = [torch.maximum(torch.minimum(t, views.weak + eps), views.weak - eps).clamp(0, 1) for t in moved]
     method.train()
     clean = f(torch.cat([views.strong1, views.strong2, high]), "clean")
     z = method.projector(torch.cat([clean, f(both[0], "adv")])).chunk(4)
-    objective = written_loss(z, tau) / 3 + weight * written_pseudo(method, f(both[1], "pseudo"), labels)
+    objective = written_nt_xent(z, tau) / 3 + weight * written_pseudo(method, f(both[1], "pseudo"), labels)
     trained = [p for p in method.parameters() if p.requires_grad]
     return both, objective, torch.autograd.grad(objective, trained)
 
@@ -293,20 +288,12 @@ def test_contract(seed, norm, eps, steps, sign, training, dtype, step_size):
     method.train(training)
     method.encoder[3].train(not training)  # a mixed state must come back too
     method.projector[0].weight.requires_grad_(False)
-    before, kept, flags = snapshot(method), {k: v.clone() for k, v in vars(views).items()}, [p.requires_grad for p in method.parameters()]
-    modes, stream = [m.training for m in method.modules()], torch.get_rng_state()
-    active = [m.active for m in method.modules() if isinstance(m, BranchedBatchNorm)]
-    found = move(method, views)
-    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
+    kept = dict(vars(views))
+    with untouched(method, *kept.values()): found = move(method, views)
     for t in found:
-        assert ((t - views.weak).flatten(1).norm(order, dim=1) <= eps + 1e-6).all()
+        assert ((t - views.weak).flatten(1).norm(ORDER[norm], dim=1) <= eps + 1e-6).all()
         assert t.dtype == dtype and t.min() >= 0 and t.max() <= 1 and not t.requires_grad
-    assert all(torch.equal(v, kept[k]) for k, v in vars(views).items())
-    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
-    assert modes == [m.training for m in method.modules()] and flags == [p.requires_grad for p in method.parameters()]
-    assert active == [m.active for m in method.modules() if isinstance(m, BranchedBatchNorm)]
-    assert all(p.grad is None for p in method.parameters())
-    assert torch.equal(torch.get_rng_state(), stream)  # all randomness is the method's generator's
+    assert all(v is kept[k] for k, v in vars(views).items())
     method.generator = seeded(seed)
     assert all(map(torch.equal, move(method, views), found))
 
@@ -496,7 +483,7 @@ def test_a_label_of_minus_one_counts_as_nothing():
     assert torch.allclose(method.pseudo_loss(h, labels), (every[0] + every[2]) / 3)
 
 
-# settings, card, recipes
+# settings, card
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
@@ -510,12 +497,9 @@ def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message): move(*make(**wrong))
 
 
-def test_card_and_recipes():
+def test_card():
     assert get_method("AdvCL") is methods()["advcl"] is AdvCL
     card = AdvCL.card
     assert (card.type, card.base, card.level, card.combined, card.sign, card.tables) == ("memory-free", "CL", "input", "yes", 1, (1, 2))
     known = settings_of(AdvCL)
     assert (known["eps"], known["steps"], known["weight"], known["clusters"]) == (8 / 255, 5, 0.2, "2 10 50 100 500")
-    config = Config("advcl")
-    fields_of_a_run = {f.name: getattr(config, f.name) for f in fields(Config)}
-    for recipe in AdvCL.recipes.values(): check_settings(fields_of_a_run | known, recipe)

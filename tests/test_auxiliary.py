@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from common import seeded, seeds, signs, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rocl import seeded, seeds, signs, snapshot
 from torch import nn
 
 from advssl.attack import Perturbation, frozen
@@ -303,6 +303,11 @@ def test_the_given_encoder_stays_and_a_run_is_resumed(tmp_path):
     with pytest.raises(IndexError): one_shot(mortal, toys(), folder=tmp_path, checkpoint_seconds=0, **how)
     assert equal(one_shot(net(), toys(), folder=tmp_path, **how), whole)
     with pytest.raises(ValueError, match="holds another run"): one_shot(net(), toys(), folder=tmp_path, weight=0.1, **how)
+
+
+def test_unlabelled_images_are_refused():
+    unlabelled = replace(toys(), labels=torch.full((64,), -1))
+    with pytest.raises(ValueError, match="toys has no labels: fine-tune"): one_shot(net(), unlabelled, threat=Linf(0.1), tuning=QUICK)
 
 
 # passes, settings

@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from common import Watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from advssl.bank import LearnableBank, Queue, signed_softmax
 
@@ -33,22 +32,6 @@ def make(W, **kwargs):
     bank = LearnableBank(W.shape[1], len(W), **{"temperature": 0.1, "lr": 0.3, **kwargs}).double()
     bank.W.copy_(W)
     return bank
-
-
-class Watch(TorchDispatchMode):
-    "Storages of at least `numel` numbers made by the operations inside, and reads of a number by the host."
-
-    def __init__(self, numel):
-        super().__init__()
-        self.numel, self.made, self.synced = numel, [], []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero"): self.synced.append(func)
-        tensors = lambda tree: [x for x in tree_iter(tree) if isinstance(x, torch.Tensor)]
-        given = {x.data_ptr() for x in tensors((args, kwargs))}
-        self.made += [(func, x) for x in tensors(out) if x.numel() >= self.numel and x.data_ptr() not in given]
-        return out
 
 
 def test_the_watch_sees():

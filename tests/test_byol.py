@@ -1,96 +1,22 @@
 "BYOL: two steps written out a second time, mutants that the same check must reject, limits, the gauge of collapse, lightly as an oracle."
 import copy
 import math
-from dataclasses import fields
 
 import pytest
 import torch
 import torch.nn.functional as F
+from common import examples, optimizers, seeded, seeds, snapshot, written_byol_step
+from common import make_byol as make
 from hypothesis import given
 from hypothesis import strategies as st
-from test_rocl import examples, seeded, seeds, snapshot
 from torch import nn
 
 from advssl.encoders import cosine_momentum
-from advssl.method import Views, cards, check_settings, count_passes, get_method, methods, play
+from advssl.method import Views, cards, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.byol import BYOL, bootstrap_loss, spread
-from advssl.pretrain import Config
 
-SHAPE = (6, 3, 2, 2)
-
-
-def make(cls=BYOL, seed=0, dtype=torch.float64, batch_norm=True, **options):
-    "A method on 12 pixels in training mode, its target apart from it and all statistics unlike those of any batch, and two views."
-    torch.manual_seed(seed)
-    norm = nn.BatchNorm1d(16) if batch_norm else nn.Identity()
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), norm, nn.Tanh())
-    encoder.out_dim = 16
-    method = cls(encoder, **{"hidden_dim": 16, "embedding_dim": 5} | options)
-    if not batch_norm:
-        for head in (method.projector, method.predictor, method.target.module[1]): head[1] = nn.Identity()
-    method = method.to(dtype)
-    with torch.no_grad():
-        method.predict(2 * torch.randn(32, 12, dtype=dtype) + 1)
-        for weight in method.target.parameters(): weight += 0.2 * torch.randn_like(weight)
-    method.generator = seeded(seed)
-    return method, *torch.rand(2, *SHAPE, dtype=dtype)
-
-
-def optimizers(method, lr=0.3): return {"network": torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr)}
-
-
-# a second implementation: no modules, no autograd switches, statistics by hand
-
-
-def batch_norm(x, weights, name, buffers=None):
-    "Training mode, from the formula; the running averages follow where a dict is given."
-    mean, variance = x.mean(0), ((x - x.mean(0)) ** 2).mean(0)
-    if buffers is not None:
-        n = len(x)
-        for key, value in (("running_mean", mean), ("running_var", variance * n / (n - 1))):
-            buffers[f"{name}.{key}"] = 0.9 * buffers[f"{name}.{key}"] + 0.1 * value.detach()
-        buffers[f"{name}.num_batches_tracked"] = buffers[f"{name}.num_batches_tracked"] + 1
-    return (x - mean) / (variance + 1e-5).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-def written_embedding(w, x, prefixes, buffers=None):
-    "Encoder and projector, by the names of their weights."
-    encoder, projector = prefixes
-    h = torch.tanh(batch_norm(x.flatten(1) @ w[f"{encoder}.1.weight"].T + w[f"{encoder}.1.bias"], w, f"{encoder}.2", buffers))
-    return written_head(w, h, projector, buffers)
-
-
-def written_head(w, h, name, buffers=None):
-    h = batch_norm(h @ w[f"{name}.0.weight"].T, w, f"{name}.1", buffers).clamp(min=0)
-    return h @ w[f"{name}.3.weight"].T + w[f"{name}.3.bias"]
-
-
-def written_loss(q, z):
-    "Image by image, from the distance."
-    return sum(((a / a.norm() - b / b.norm()) ** 2).sum() for a, b in zip(q, z, strict=True)) / len(q)
-
-
-ONLINE, TARGET = ("encoder", "projector"), ("target.module.0", "target.module.1")
-
-
-def written_step(state, x1, x2, m, lr=0.3, moved=None):
-    "One step from a state to the next; `moved` are the views that the online network sees instead."
-    names = [k for k in state if not k.startswith("target") and k.split(".")[-1] in ("weight", "bias")]
-    state = {k: v.clone() for k, v in state.items()}
-    w = {k: v.requires_grad_(k in names) for k, v in state.items()}
-    buffers = {k: v for k, v in state.items() if k.split(".")[-1] in ("running_mean", "running_var", "num_batches_tracked")}
-    z1, z2 = (written_embedding(w, x, TARGET) for x in (x1, x2))
-    q1, q2 = (written_head(w, written_embedding(w, x, ONLINE, buffers), "predictor", buffers) for x in moved or (x1, x2))
-    loss = written_loss(q1, z2) + written_loss(q2, z1)
-    grads = torch.autograd.grad(loss, [w[k] for k in names])
-    new = {k: v.detach().clone() for k, v in state.items()} | {k: v.clone() for k, v in buffers.items()}
-    for name, grad in zip(names, grads, strict=True): new[name] -= lr * grad
-    for theirs, ours in zip(ONLINE, TARGET, strict=True):
-        for name in [k for k in state if k.startswith(ours)]:
-            online = new[theirs + name.removeprefix(ours)]
-            new[name] = m * new[name] + (1 - m) * online if name.split(".")[-1] in ("weight", "bias") else online.clone()
-    return loss.detach(), new
+# the step, against a second implementation without modules
 
 
 def agrees(cls):
@@ -98,7 +24,7 @@ def agrees(cls):
     method, x1, x2 = make(cls, momentum=0.8)
     state, views = snapshot(make(momentum=0.8)[0]), Views(strong1=x1, strong2=x2)
     for method.progress, m in ((0.0, 0.8), (0.5, 0.9)):
-        expected, state = written_step(state, x1, x2, m)
+        expected, state = written_byol_step(state, x1, x2, m)
         (loss,) = play(method, views, optimizers(method))
         ours = method.state_dict()
         if not torch.allclose(loss, expected, rtol=1e-9): return False
@@ -290,14 +216,12 @@ def test_a_collapse_shows_in_the_log():
     assert method.logs["spread"] < 1e-7
 
 
-def test_card_and_recipes():
+def test_card():
     assert get_method("byol") is methods()["byol"] is BYOL
     assert (BYOL.card.base, BYOL.card.tables, BYOL.card.sign, BYOL.card.type) == ("BYOL", (), 0, "")
     assert "byol" in [c["key"] for c in cards()]
     known = settings_of(BYOL)
     assert known == {"momentum": 0.996, "hidden_dim": 4096, "embedding_dim": 256}
-    config = Config("byol")
-    for recipe in BYOL.recipes.values(): check_settings({f.name: getattr(config, f.name) for f in fields(Config)} | known, recipe)
     with pytest.raises(ValueError, match="momentum must be in"): make(momentum=1.5)
 
 

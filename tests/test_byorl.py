@@ -1,21 +1,33 @@
 "BYORL: limits, the contract of its attack, its step written out a second time, and mutants that the same checks must reject."
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from common import (
+    ORDER,
+    examples,
+    optimizers,
+    seeded,
+    seeds,
+    signs,
+    snapshot,
+    start_zero,
+    untouched,
+    written_byol_step,
+    written_embedding,
+    written_head,
+)
+from common import make_byol as make
 from hypothesis import given
 from hypothesis import strategies as st
-from test_byol import BYOL, make, optimizers, written_embedding, written_head, written_step
-from test_rocl import examples, seeded, seeds, signs, snapshot, start_zero
 from torch import nn
 
 from advssl.attack import frozen
-from advssl.method import Views, check_settings, count_passes, get_method, methods, play
+from advssl.method import Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
-from advssl.methods.byol import bootstrap_loss
+from advssl.methods.byol import BYOL, bootstrap_loss
 from advssl.methods.byorl import BYORL
-from advssl.pretrain import Config
 
 norms = st.sampled_from(["linf", "l2", "l1"])
 
@@ -23,7 +35,7 @@ norms = st.sampled_from(["linf", "l2", "l1"])
 def made(cls=BYORL, **options): return make(cls, **{"momentum": 0.8} | options)
 
 
-# a second implementation, with loops, of the attack; the step is that of test_byol with other views
+# a second implementation, with loops, of the attack; the step is BYOL's with other views
 
 
 def evaluated(state, x):
@@ -78,7 +90,7 @@ def agrees(cls, norm="linf", sign=1, **options):
         if not all(torch.equal(v, restored[k]) for k, v in method.state_dict().items()): return False
         if not all(mod.training for mod in method.modules()) or any(p.grad is not None for p in method.parameters()): return False
         method.load_state_dict(before)
-        expected, state = written_step(state, x1, x2, m, moved=moved)
+        expected, state = written_byol_step(state, x1, x2, m, moved=moved)
         (loss,) = play(method, views, optimizers(method))
         ours = method.state_dict()
         if not torch.allclose(loss, expected, rtol=1e-8): return False
@@ -257,17 +269,9 @@ def test_contract(seed, norm, eps, steps, sign, training, batch_statistics, atta
     method.encoder[2].train(not training)  # a mixed state must come back too
     method.predictor[0].weight.requires_grad_(False)
     other = torch.randn(6, 5, dtype=dtype)
-    before, kept, flags = snapshot(method), (x1.clone(), other.clone()), [p.requires_grad for p in method.parameters()]
-    modes, stream = [m.training for m in method.modules()], torch.get_rng_state()
-    found = method.attack(x1, other)
-    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
-    assert ((found - x1).flatten(1).norm(order, dim=1) <= eps + 1e-6).all()
+    with untouched(method, x1, other): found = method.attack(x1, other)
+    assert ((found - x1).flatten(1).norm(ORDER[norm], dim=1) <= eps + 1e-6).all()
     assert found.dtype == dtype and found.min() >= 0 and found.max() <= 1 and not found.requires_grad
-    assert torch.equal(x1, kept[0]) and torch.equal(other, kept[1])
-    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
-    assert modes == [m.training for m in method.modules()] and flags == [p.requires_grad for p in method.parameters()]
-    assert all(p.grad is None for p in method.parameters())
-    assert torch.equal(torch.get_rng_state(), stream)  # all randomness is the method's generator's
     method.generator = seeded(seed)
     assert torch.equal(method.attack(x1, other), found)
 
@@ -351,7 +355,7 @@ def test_autocast_trains_every_weight():
     assert loss.dtype == torch.float32 and all(p.grad is not None and p.grad.abs().sum() > 0 for p in mover.parameters())
 
 
-# settings, card, recipes
+# settings, card
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
@@ -363,7 +367,7 @@ def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message): made(**wrong)
 
 
-def test_card_and_recipes():
+def test_card():
     assert get_method("BYORL") is methods()["byorl"] is BYORL
     card = BYORL.card
     assert (card.type, card.base, card.level, card.combined) == ("memory-free", "BYOL", "input", "no")
@@ -371,8 +375,6 @@ def test_card_and_recipes():
     known = settings_of(BYORL)
     assert (known["norm"], known["eps"], known["steps"], known["sign"]) == ("linf", 8 / 255, 40, 1)
     assert (known["clean_weight"], known["attack_target"], known["batch_statistics"]) == (0.0, False, False)
-    config = Config("byorl")
-    for recipe in BYORL.recipes.values(): check_settings({f.name: getattr(config, f.name) for f in fields(Config)} | known, recipe)
     assert set(settings_of(BYOL)) < set(known)
 
 

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from common import Net, Watch, rows, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_bank import Watch
 from torch import nn
 
 from advssl.augment import RECIPES
@@ -21,18 +21,6 @@ N, K, D = 6, 11, 5
 SIGNS = [(1, -1), (-1, -1), (0, -1), (1, 0), (1, 1), (-1, 1)]
 
 
-class Net(nn.Module):
-    "Images of any size to features, with BatchNorm."
-
-    out_dim = 8
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(1, 8, 2, bias=False), nn.BatchNorm2d(8), nn.Tanh())
-
-    def forward(self, x): return self.layers(x).mean((2, 3))
-
-
 def make(cls=CaCo, seed=0, **options):
     "A method in double precision whose slots differ in length and already move, in the middle of its run, and a batch."
     torch.manual_seed(seed)
@@ -44,9 +32,6 @@ def make(cls=CaCo, seed=0, **options):
     method.progress = 0.2
     shape = lambda name: (N, 1, 4, 4) if name in method.crops else (N, 1, 6, 6)
     return method, Views(**{name: torch.rand(shape(name)).double() for name in method.views})
-
-
-def rows(z): return [row / row.norm() for row in z]
 
 
 def written_step(method, views, minus, plus, crops):
@@ -293,7 +278,7 @@ def test_a_step_of_the_bank_has_the_signs_of_its_roles(seed, signs, tau, bank_ta
 @given(st.integers(0, 2**31), st.integers(0, 2**31), st.sampled_from(SIGNS))
 def test_the_order_of_the_slots_does_not_matter(seed, other, signs):
     (one, views), (two, _) = (make(seed=seed, negative_sign=signs[0], positive_sign=signs[1]) for _ in range(2))
-    order = torch.randperm(K, generator=torch.Generator().manual_seed(other))
+    order = torch.randperm(K, generator=seeded(other))
     for buffer in (two.bank.W, two.bank.velocity): buffer.copy_(buffer[order].clone())
     values = [play(m, views, {"network": torch.optim.SGD(m.network.parameters(), 0.1)}) for m in (one, two)]
     assert torch.allclose(*values, rtol=1e-10)
@@ -349,7 +334,7 @@ def test_a_bank_bigger_than_the_data_is_full_of_keys(name):
         x, method = torch.rand(32, 1, 6, 6), get_method(name)(Net(), bank_size=100, hidden_dim=16, embedding_dim=8)
         start = method.bank.W.clone()
 
-        generator = torch.Generator().manual_seed(1)
+        generator = seeded(1)
         again = (part + 0.1 * torch.rand(part.shape, generator=generator) for part in itertools.cycle(x.split(16)))
         method.prepare((Views(strong2=part) for part in again), x)
         assert (method.bank.W != start).any(1).all() and not method.bank.velocity.any() and not method.bank.hits.any()

@@ -1,26 +1,23 @@
 "CLAE: limits, the contract of its attack, its step written out a second time, and mutants that the same checks must reject."
 import copy
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from common import ORDER, make_contrastive, seeded, seeds, signs, snapshot, turn, untouched, written_nt_xent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity_models import TanhEncoder
-from test_rocl import make as make_any
-from test_rocl import seeds, signs, snapshot, turn, written_loss
 from torch import nn
 
 from advssl.attack import frozen
 from advssl.contrast import nt_xent, unit
 from advssl.encoders import branch
-from advssl.method import Views, check_settings, count_passes, get_method, methods, play
+from advssl.method import Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.clae import CLAE
 from advssl.methods.simclr import SimCLR
-from advssl.pretrain import Config
 
 examples = settings(max_examples=25, deadline=None)
 HOW = {"eps": 0.1, "weight": 0.25}
@@ -28,7 +25,7 @@ HOW = {"eps": 0.1, "weight": 0.25}
 
 def make(cls=CLAE, seed=0, dtype=torch.float64, batch_norm=True, **options):
     "A method in training mode whose two branches differ in everything, and two views."
-    method, x1, x2 = make_any(cls, seed, dtype, batch_norm, **options)
+    method, x1, x2 = make_contrastive(cls, seed, dtype, batch_norm, **options)
     if batch_norm:
         adv = method.encoder[2].branches["adv"]
         with torch.no_grad():
@@ -47,10 +44,10 @@ def written_step(method, x1, x2, eps, weight, sign):
     "The move and the objective; view and copy are embedded separately, by a twin whose statistics may move."
     twin = copy.deepcopy(method).train()
     z, leaf = embed(twin, x1, "adv").detach(), x1.clone().requires_grad_()
-    (g,) = torch.autograd.grad(written_loss((z, embed(twin, leaf, "adv")), 0.5), leaf)
+    (g,) = torch.autograd.grad(written_nt_xent((z, embed(twin, leaf, "adv")), 0.5), leaf)
     x_adv = (x1 + sign * eps * g.sign()).clamp(0, 1)
     z1, z2 = embed(method, torch.cat([x1, x2]), "clean").chunk(2)
-    objective = written_loss((z1, z2), 0.5) + weight * written_loss((z1, embed(method, x_adv, "adv")), 0.5)
+    objective = written_nt_xent((z1, z2), 0.5) + weight * written_nt_xent((z1, embed(method, x_adv, "adv")), 0.5)
     return x_adv, objective, torch.autograd.grad(objective, list(method.parameters()))
 
 
@@ -199,7 +196,7 @@ def test_the_positive_is_silent_at_the_start(seed, training):
 def test_a_view_that_moves_along_changes_nothing(seed):
     "Without the stopped gradient in Eq. (1) both copies get the same gradient: twice the length, the same signs."
     method, x1, _ = make(seed=seed)
-    z = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    z = torch.randn(6, 5, dtype=torch.float64, generator=seeded(seed)).requires_grad_()
     (alone,) = torch.autograd.grad(method.loss(z.detach(), z), z)
     (along,) = torch.autograd.grad(method.loss(z, z), z)
     assert torch.allclose(along, 2 * alone, rtol=1e-9, atol=1e-14)
@@ -211,7 +208,7 @@ def test_a_view_that_moves_along_changes_nothing(seed):
 def test_without_weight_it_is_simclr_to_the_bit():
     "Objective and all shared weights, over three steps."
     weights, values = [], []
-    for method, x1, x2 in (make(weight=0.0, eps=0.1), make_any(SimCLR)):
+    for method, x1, x2 in (make(weight=0.0, eps=0.1), make_contrastive(SimCLR)):
         optimizers = {"network": torch.optim.SGD(method.parameters(), 0.5, momentum=0.9)}
         values.append(torch.stack([play(method, Views(strong1=x1, strong2=x2), optimizers) for _ in range(3)]))
         weights.append({k.replace("branches.clean.", ""): v for k, v in method.state_dict().items() if "adv" not in k})
@@ -247,17 +244,11 @@ def test_contract(seed, norm, eps, sign, training, dtype):
     method.train(training)
     method.encoder[1].train(not training)  # a mixed state must come back too
     method.projector[0].bias.requires_grad_(False)
-    before, kept, flags = snapshot(method), x1.clone(), [p.requires_grad for p in method.parameters()]
-    modes, stream = [m.training for m in method.modules()], torch.get_rng_state()
     own_stream = method.generator.get_state()
-    found = method.attack(x1)
-    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
-    assert ((found - x1).flatten(1).norm(order, dim=1) <= eps + 1e-6).all()
+    with untouched(method, x1): found = method.attack(x1)
+    assert ((found - x1).flatten(1).norm(ORDER[norm], dim=1) <= eps + 1e-6).all()
     assert found.dtype == dtype and found.min() >= 0 and found.max() <= 1 and not found.requires_grad
-    assert torch.equal(x1, kept) and all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
-    assert modes == [m.training for m in method.modules()] and flags == [p.requires_grad for p in method.parameters()]
-    assert all(p.grad is None for p in method.parameters()) and method.encoder[2].active == "clean"
-    assert torch.equal(torch.get_rng_state(), stream) and torch.equal(method.generator.get_state(), own_stream)  # nothing is drawn
+    assert method.encoder[2].active == "clean" and torch.equal(method.generator.get_state(), own_stream)  # nothing is drawn
     assert torch.equal(method.attack(x1), found)
 
 
@@ -346,7 +337,7 @@ def test_the_method_itself_finds_the_official_perturbation(case):
     for name, moved in (("loss_before", x), ("loss_after", x_adv)): assert abs(method.loss(f(x), f(moved)).item() - expected[name]) < 1e-12
 
 
-# settings, card, recipes
+# settings, card
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
@@ -357,12 +348,9 @@ def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message): make(**wrong)
 
 
-def test_card_and_recipes():
+def test_card():
     assert get_method("CLAE") is methods()["clae"] is CLAE
     card = CLAE.card
     assert (card.type, card.base, card.level, card.combined, card.sign, card.tables) == ("memory-free", "CL", "input", "yes", 1, (1, 2))
     known = settings_of(CLAE)
     assert (known["norm"], known["eps"], known["weight"], known["sign"], known["momentum"]) == ("linf", 0.015, 1.0, 1, 0.01)
-    config = Config("clae")
-    fields_of_a_run = {f.name: getattr(config, f.name) for f in fields(Config)}
-    for recipe in CLAE.recipes.values(): check_settings(fields_of_a_run | known, recipe)

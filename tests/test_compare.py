@@ -173,8 +173,6 @@ def prints_in_bold(m):
     near, far = best.clone(), best & (torch.rand(1000) < 0.8)
     near[:30] = ~near[:30]
     assert m.bold([[best], None, [near], [far]]) == [True, False, True, False]
-    column = [[row(0, best)], [row(0, best, key="x")], [row(0, near)], [row(0, far)], []]
-    assert m.bold_rows(column, "linear.clean") == [True, False, True, False, False]
     assert m.bold([[far], [best]]) == [False, True] and m.bold([]) == []
     six = torch.ones(40, dtype=torch.bool)
     worse = [torch.arange(40) >= 6] * 3  # p = 2 / 64 each: alone below 5 %, in a family of three not

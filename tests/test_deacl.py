@@ -1,25 +1,22 @@
 "DeACL: limits, the contract of its attack, its step written out a second time, and mutants that the same checks must reject."
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from common import ORDER, SHAPE, examples, seeded, seeds, signs, snapshot, start_zero, untouched
+from hypothesis import given
 from hypothesis import strategies as st
 from parity_models import TanhEncoder
 from torch import nn
 
 from advssl import checkpoint
 from advssl.attack import frozen
-from advssl.method import Views, check_settings, count_passes, get_method, methods, play
+from advssl.method import Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.deacl import DeACL
 from advssl.pretrain import Config, Run
-
-examples = settings(max_examples=30, deadline=None)
-seeds, signs = st.integers(0, 2**31), st.sampled_from([1, -1])
-SHAPE = (6, 3, 2, 2)
 
 
 def net(dtype):
@@ -33,16 +30,8 @@ def make(cls=DeACL, seed=0, dtype=torch.float64, **options):
     "A student, another network as its teacher, in training mode, and a batch."
     torch.manual_seed(seed)
     method = cls(net(dtype), net(dtype), **options).train()
-    method.generator = torch.Generator().manual_seed(seed)
+    method.generator = seeded(seed)
     return method, torch.rand(SHAPE, dtype=dtype)
-
-
-def start_zero(method):
-    method.player = replace(method.player, start="zero")
-    return method
-
-
-def snapshot(method): return {k: v.clone() for k, v in method.state_dict().items()}
 
 
 def turn(method, x):
@@ -267,16 +256,10 @@ def test_contract(seed, norm, eps, steps, sign, training, dtype, clip_start):
     method.encoder[2].train(not training)  # a mixed state must come back too
     method.encoder[1].bias.requires_grad_(False)
     with torch.no_grad(): target = method.teacher(x)
-    before, kept, flags = snapshot(method), x.clone(), [p.requires_grad for p in method.parameters()]
-    modes, stream = [m.training for m in method.modules()], torch.get_rng_state()
-    found = method.attack(x, target)
-    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
-    assert ((found - x).flatten(1).norm(order, dim=1) <= eps + 1e-6).all() and found.dtype == dtype and not found.requires_grad
+    with untouched(method, x, target): found = method.attack(x, target)
+    assert ((found - x).flatten(1).norm(ORDER[norm], dim=1) <= eps + 1e-6).all() and found.dtype == dtype and not found.requires_grad
     if clip_start or steps: assert found.min() >= 0 and found.max() <= 1
-    assert torch.equal(x, kept) and all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
-    assert modes == [m.training for m in method.modules()] and flags == [p.requires_grad for p in method.parameters()]
-    assert all(p.grad is None for p in method.parameters()) and torch.equal(torch.get_rng_state(), stream)
-    method.generator = torch.Generator().manual_seed(seed)
+    method.generator = seeded(seed)
     assert torch.equal(method.attack(x, target), found)
 
 
@@ -363,7 +346,7 @@ def test_the_method_itself_finds_the_official_perturbation():
     assert all(g is None for g in teacher.grads().values())
 
 
-# settings, card, recipes
+# settings, card
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
@@ -375,12 +358,9 @@ def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message): make(**wrong)
 
 
-def test_card_and_recipes():
+def test_card():
     assert get_method("DeACL") is methods()["deacl"] is DeACL and DeACL.parents == {"teacher": "simclr"}
     card = DeACL.card
     assert (card.type, card.level, card.combined, card.sign, card.tables) == ("memory-free", "input", "yes", 1, ())
     known = settings_of(DeACL)
     assert "teacher" not in known and (known["weight"], known["steps"], known["detach"], known["from_teacher"]) == (2.0, 5, False, True)
-    config = Config("deacl")
-    fields_of_a_run = {f.name: getattr(config, f.name) for f in fields(Config)}
-    for recipe in DeACL.recipes.values(): check_settings(fields_of_a_run | known, recipe)

@@ -1,6 +1,5 @@
 "Intervals, neighbours, linear probe, robust accuracy and the one call: what is too dull or too slow for the pages."
 import copy
-import hashlib
 import json
 import math
 import warnings
@@ -9,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from common import CLASSES, fingerprint, image_set, make_net, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -21,55 +21,12 @@ from advssl.evaluate.protocol import Outcome, evaluate, find_attack, result_key,
 from advssl.evaluate.robust import clean_mask, random_starts, robust_accuracy, robust_mask
 from advssl.evaluate.statistics import Accuracy, t_interval, t_quantile, wilson
 from advssl.features import extract, to_unit
-from advssl.images import ImageSet
 from advssl.threat import L1, L2, Linf
-
-CLASSES = 3
-
-
-def image_set(n, seed, name, noise=0.25):
-    "Three blurry patterns under noise, 1x8x8."
-    generator = torch.Generator().manual_seed(seed)
-    patterns = torch.rand(CLASSES, 1, 8, 8, generator=torch.Generator().manual_seed(99))
-    labels = torch.arange(n) % CLASSES
-    images = 0.5 + 0.35 * (patterns[labels] - 0.5) + noise * torch.randn(n, 1, 8, 8, generator=generator)
-    return ImageSet.from_float(images.clamp(0, 1), labels, ("a", "b", "c"), name)
 
 
 @pytest.fixture(scope="module")
 def data():
     return Splits(image_set(240, 0, "toy/train"), image_set(120, 1, "toy/test"))
-
-
-def make_net(out=12, dtype=torch.float32):
-    "BatchNorm with moved statistics and dropout, left in train mode: everything an evaluation can disturb."
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(96, out))
-    net.train()
-    with torch.no_grad():
-        for _ in range(30): net(torch.rand(50, 1, 8, 8) * 0.6 + 0.2)
-    return net.to(dtype)
-
-
-def fingerprint(module):
-    "Weights, buffers, modes, flags and gradients."
-    digest = hashlib.sha256(str([m.training for m in module.modules()]).encode())
-    for name, t in module.state_dict().items(): digest.update(name.encode() + t.numpy().tobytes())
-    digest.update(str([(p.requires_grad, p.grad is None) for p in module.parameters()]).encode())
-    return digest.hexdigest()
-
-
-def trained(images, dtype=torch.float64, steps=60):
-    "A small classifier that is mostly right."
-    net = make_net(CLASSES, dtype)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
-    x, y = to_unit(images.images).to(dtype), images.labels
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(net(x), y).backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    return net
 
 
 # statistics

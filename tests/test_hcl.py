@@ -1,26 +1,23 @@
 "HCL: its step written out a second time in linear space, limits, and mutants that the same checks must reject."
-from dataclasses import fields
 
 import pytest
 import torch
+from common import SHAPE, make_contrastive, seeded, turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rocl import SHAPE, turn
-from test_rocl import make as make_any
 from torch import nn
 
 from advssl.contrast import contrast, hard_log_sum, log_sum, nt_xent, unit, view_pairs
-from advssl.method import Views, check_settings, count_passes, get_method, methods, play
+from advssl.method import Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.hcl import HCL
 from advssl.methods.simclr import SimCLR
-from advssl.pretrain import Config
 
 examples = settings(max_examples=25, deadline=None)
 HOW = {"beta": 1.3, "tau_plus": 0.5, "temperature": 0.05}  # at which some queries of the small batch are clamped
 
 
-def make(cls=HCL, seed=0, **options): return make_any(cls, seed, **options)
+def make(cls=HCL, seed=0, **options): return make_contrastive(cls, seed, **options)
 
 
 def written_loss(z1, z2, beta, tau_plus, temperature, detach):
@@ -165,7 +162,7 @@ def test_the_pattern_of_the_mutants_is_the_method(): assert agrees(Mutant)
 @examples
 @given(st.integers(0, 2**31), st.floats(0.05, 1.0), st.booleans())
 def test_without_the_player_it_is_simclr(seed, tau, detach):
-    z = torch.randn(2, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    z = torch.randn(2, 6, 5, dtype=torch.float64, generator=seeded(seed)).requires_grad_()
     ours, base = make(beta=0.0, tau_plus=0.0, temperature=tau, detach_weights=detach)[0].loss(*z), nt_xent(z, tau)
     assert torch.allclose(ours, base, rtol=1e-12)
     a, b = (torch.autograd.grad(v, z)[0] for v in (ours, base))
@@ -185,7 +182,7 @@ def test_without_the_player_a_step_is_simclr_s():
 @given(st.integers(0, 2**31), st.floats(-0.9, 5.0), st.floats(0.05, 1.0))
 def test_both_gradients_and_who_is_attracted(seed, beta, tau):
     "Eqs. (5) to (7): the loss rises with hardness, both gradients are the written ones, and only differentiated weights attract."
-    s = (2 * torch.rand(3, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) - 1).requires_grad_()
+    s = (2 * torch.rand(3, 9, dtype=torch.float64, generator=seeded(seed)) - 1).requires_grad_()
     x, pos = s.detach() / tau, torch.zeros(3, 1, dtype=torch.float64)
     p = lambda c: (c * x).softmax(1)
     value = lambda b, detach=False: hard_log_sum(pos, s, temperature=tau, beta=b, tau_plus=0.0, detach_weights=detach)[0]
@@ -228,7 +225,7 @@ def test_a_batch_without_negatives_is_refused(n):
     with pytest.raises(ValueError, match=f"a batch of {n} has no negatives"): method.loss(*z)
 
 
-# settings, card, recipes
+# settings, card
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
@@ -239,14 +236,11 @@ def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message): make(**wrong)
 
 
-def test_card_and_recipes():
+def test_card():
     assert get_method("HCL") is methods()["hcl"] is HCL
     card = HCL.card
     assert (card.type, card.base, card.level, card.combined, card.sign, card.tables) == ("", "CL", "feature", "yes", 1, (1, 2))
     assert card.adversary == "hard negative sampling"
     known = settings_of(HCL)
     assert (known["beta"], known["tau_plus"], known["temperature"], known["detach_weights"]) == (1.0, 0.1, 0.5, False)
-    config = Config("hcl")
-    fields_of_a_run = {f.name: getattr(config, f.name) for f in fields(Config)}
-    for recipe in HCL.recipes.values(): check_settings(fields_of_a_run | known, recipe)
     assert isinstance(make()[0].projector, nn.Sequential)

@@ -1,9 +1,9 @@
 "The hybrid of an attacked query and a cooperating slot: limits, the contract of its attack, its step written out, and mutants."
 
-from dataclasses import replace
 
 import pytest
 import torch
+from common import ORDER, seeded, snapshot, start_zero, untouched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,16 +20,13 @@ def make(cls=Hybrid, seed=0, **options):
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh())
     encoder.out_dim = 16
     method = cls(encoder, bank_size=20, hidden_dim=16, embedding_dim=8, **options).double()
-    method.generator, method.progress = torch.Generator().manual_seed(seed), 0.5
+    method.generator, method.progress = seeded(seed), 0.5
     with torch.no_grad(): encoder(2 * torch.randn(32, 12).double() + 1)
     return method, Views(strong1=torch.rand(6, 3, 2, 2).double(), strong2=torch.rand(6, 3, 2, 2).double(), index=torch.arange(6))
 
 
 def step(method, views):
     return play(method, views, {"network": torch.optim.SGD(method.network.parameters(), 0.1)})[0]
-
-
-def state(method): return {k: v.clone() for k, v in method.state_dict().items()}
 
 
 @pytest.mark.parametrize("signs", [(1, -1), (-1, -1), (1, 1), (0, 0)])
@@ -45,7 +42,7 @@ def test_without_a_ball_it_is_caco_to_the_bit(signs):
 def agrees(cls=Hybrid, sign=1):
     "Attack and objective of one step against loops, from a zero start."
     ours, views = make(cls, eps=0.1, steps=3, sign=sign)
-    ours.player = replace(ours.player, start="zero", step_size=0.04)
+    start_zero(ours, step_size=0.04)
     net, _ = make(eps=0.1, steps=3, sign=sign)
     embed, d = nn.Sequential(net.encoder, net.projector), net.bank.directions.clone()
     slots = [[int((k @ d.T).argmax()) for k in unit(net.slow(x))] for x in (views.strong1, views.strong2)]
@@ -61,7 +58,7 @@ def agrees(cls=Hybrid, sign=1):
         x = (views.strong1 + (x + sign * 0.04 * g.sign() - views.strong1).clamp(-0.1, 0.1)).clamp(0, 1)
     embed.train()
     expected = loss(unit(embed(x)), slots[1]) + loss(unit(embed(views.strong2)), slots[0])
-    before = state(ours)
+    before = snapshot(ours)
     found = ours.attack(views.strong1, torch.tensor(slots[1]))
     kept = all(torch.equal(v, before[k]) for k, v in ours.state_dict().items()) and all(p.grad is None for p in ours.parameters())
     return kept and torch.allclose(found, x, atol=1e-10) and torch.allclose(step(ours, views), expected.detach(), rtol=1e-8)
@@ -107,12 +104,9 @@ def test_mutants_are_rejected(mutant):
 def test_contract(seed, norm, eps, steps, training):
     method, views = make(seed=seed, norm=norm, eps=eps, steps=steps)
     method.train(training)
-    before, modes = state(method), [m.training for m in method.modules()]
     slots = torch.arange(6)
-    found = method.attack(views.strong1, slots)
-    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
-    assert ((found - views.strong1).flatten(1).norm(order, dim=1) <= eps + 1e-6).all() and found.min() >= 0 and found.max() <= 1
-    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items()) and modes == [m.training for m in method.modules()]
-    assert not found.requires_grad and all(p.grad is None and p.requires_grad for p in method.network.parameters())
-    method.generator = torch.Generator().manual_seed(seed)
+    with untouched(method, *vars(views).values(), slots): found = method.attack(views.strong1, slots)
+    assert ((found - views.strong1).flatten(1).norm(ORDER[norm], dim=1) <= eps + 1e-6).all() and found.min() >= 0 and found.max() <= 1
+    assert not found.requires_grad and all(p.requires_grad for p in method.network.parameters())
+    method.generator = seeded(seed)
     assert torch.equal(method.attack(views.strong1, slots), found)

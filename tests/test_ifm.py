@@ -1,19 +1,18 @@
 "IFM: its step written out a second time with vectors that move, limits, and mutants that the same checks must reject."
-from dataclasses import fields
 
 import pytest
 import torch
+from common import N, embed
+from common import make_moco as make
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_moco import N, embed, make
 from torch import nn
 
 from advssl.contrast import info_nce
-from advssl.method import check_settings, count_passes, get_method, methods, play
+from advssl.method import count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.ifm import IFM
 from advssl.methods.moco import MoCo
-from advssl.pretrain import Config
 
 examples = settings(max_examples=25, deadline=None)
 HOW = {"margin": 0.15, "alpha": 0.4, "momentum": 0.9}
@@ -185,7 +184,7 @@ def test_passes():
     assert passes.units(N) == 4
 
 
-# settings, card, recipes
+# settings, card
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
@@ -195,13 +194,10 @@ def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message): make(IFM, **wrong)
 
 
-def test_card_and_recipes():
+def test_card():
     assert get_method("IFM") is methods()["ifm"] is IFM
     card = IFM.card
     assert (card.type, card.base, card.level, card.combined, card.sign, card.tables) == ("memory-free", "CL", "feature", "yes", 1, (1, 2))
     known, base = settings_of(IFM), settings_of(MoCo)
     assert not {"norm", "eps", "steps"} & known.keys()  # those names take the pixel threat model
     assert base.keys() - known.keys() == set() and all(known[name] == base[name] for name in base if name != "momentum")
-    config = Config("ifm")
-    fields_of_a_run = {f.name: getattr(config, f.name) for f in fields(Config)}
-    for recipe in IFM.recipes.values(): check_settings(fields_of_a_run | known, recipe)

@@ -1,8 +1,8 @@
 "MAE+: its step written out with loops over crops, mutants, limits, smaller grids, refusals."
-from dataclasses import fields
 
 import pytest
 import torch
+from common import seeded, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
@@ -10,17 +10,12 @@ from timm.models.vision_transformer import VisionTransformer
 from advssl.augment import RECIPES, Augment
 from advssl.encoders import Encoder
 from advssl.masked import corner, grid_coordinates, patchify, random_masks, sincos_position_embedding
-from advssl.method import Views, check_settings, count_passes, get_method, methods, play
+from advssl.method import Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.mae import MAE
 from advssl.methods.mae_plus import MAEPlus
-from advssl.pretrain import Config
 
 examples = settings(max_examples=20, deadline=None)
-seeds = st.integers(0, 2**31)
-
-
-def seeded(seed=0): return torch.Generator().manual_seed(seed)
 
 
 def make(cls=MAEPlus, seed=0, dtype=torch.float64, **options):
@@ -203,7 +198,7 @@ def test_passes_autocast_and_gradients():
     assert passes.units(2) == 12
 
 
-# settings, card, recipes
+# settings, card
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
@@ -214,11 +209,9 @@ def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message): make(**wrong)
 
 
-def test_card_and_recipes():
+def test_card():
     assert get_method("MAE+") is methods()["mae+"] is MAEPlus
     card = MAEPlus.card
     assert (card.base, card.sign, card.tables, card.type) == ("MIM", 0, (), "")
     known = settings_of(MAEPlus)
     assert (known["crops"], known["crop_scale"], known["area"], known["mask_ratio"]) == (4, 0.5, 0.08, 0.75)
-    config = Config("mae+")
-    for recipe in MAEPlus.recipes.values(): check_settings({f.name: getattr(config, f.name) for f in fields(Config)} | known, recipe)

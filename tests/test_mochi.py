@@ -1,21 +1,20 @@
 "MoCHi: its step written out a second time with vectors, every query's candidates, limits, and mutants that the same checks must reject."
 import math
-from dataclasses import fields
 
 import pytest
 import torch
+from common import N, embed, seeded
+from common import make_moco as make
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_moco import N, embed, make
 from torch import nn
 
 import advssl.methods.mochi as module
 from advssl.contrast import mix_pairs, mix_query
-from advssl.method import check_settings, count_passes, get_method, methods, play
+from advssl.method import count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.mochi import MoCHi, hardest
 from advssl.methods.moco import MoCo
-from advssl.pretrain import Config
 
 examples = settings(max_examples=25, deadline=None)
 HOW = {"candidates": 6, "pairs": 8, "query_mixes": 5, "query_share": 0.4, "warmup": 0.0}
@@ -229,7 +228,7 @@ def test_mixing_waits_for_the_end_of_the_warm_up():
 @examples
 @given(st.integers(0, 2**31), st.integers(1, 9), st.integers(1, 12), st.floats(0, 1))
 def test_candidates_are_each_query_s_own(seed, K, size, own):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     sim, others = torch.rand(5, K, generator=generator) * 2 - 1, torch.rand(5, K, generator=generator) >= own
     for mask in (others, None):
         rows, count = hardest(sim, mask, size)
@@ -248,7 +247,7 @@ def test_draws_are_legal(seed, count, pairs, query_mixes):
     stream = torch.get_rng_state()
     draws = []
     for _ in range(2):
-        method.generator = torch.Generator().manual_seed(seed)
+        method.generator = seeded(seed)
         draws.append(method.draw(count))
     assert all(torch.equal(a, b) for a, b in zip(*draws, strict=True))  # same seed, same bits
     assert torch.equal(torch.get_rng_state(), stream)  # all randomness is the method's generator's
@@ -277,7 +276,7 @@ def test_a_queue_of_own_keys_mixes_nothing():
 def test_harder_and_no_new_direction(seed, tau):
     "Eqs. (3) to (6): more terms, a larger loss; a mixture is at least its parents' average; the gradient lies among the real negatives."
     method, _ = make(MoCHi, filled=0, temperature=tau, embedding_dim=12, **HOW)
-    method.generator = torch.Generator().manual_seed(seed)
+    method.generator = seeded(seed)
     draw = lambda n: unit(torch.randn(n, 12, dtype=torch.float64, generator=method.generator))
     q, k, bank = draw(4).requires_grad_(), draw(4), draw(9)
     method.push(bank, torch.arange(9) + 50)
@@ -332,7 +331,7 @@ def test_passes():
     assert passes.units(N) == 4
 
 
-# settings, card, recipes
+# settings, card
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
@@ -343,13 +342,10 @@ def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message): make(MoCHi, **HOW | wrong)
 
 
-def test_card_and_recipes():
+def test_card():
     assert get_method("MoCHi") is methods()["mochi"] is MoCHi
     card = MoCHi.card
     assert (card.type, card.base, card.level, card.combined, card.sign, card.tables) == ("", "CL", "feature", "yes", 1, (1, 2))
     assert card.adversary == "hard negative mixing"
     known, base = settings_of(MoCHi), settings_of(MoCo)
     assert all(known[name] == base[name] for name in base) and known["query_share"] == 0.5
-    config = Config("mochi")
-    fields_of_a_run = {f.name: getattr(config, f.name) for f in fields(Config)}
-    for recipe in MoCHi.recipes.values(): check_settings(fields_of_a_run | known, recipe)

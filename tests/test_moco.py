@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from common import N, embed
+from common import make_moco as make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -11,24 +13,6 @@ from advssl.method import Views, count_passes, play
 from advssl.methods.moco import MoCo
 
 examples = settings(max_examples=25, deadline=None)
-N = 6
-
-
-def make(cls=MoCo, seed=0, filled=3, **options):
-    "A method on 12 pixels in double precision, its queue of 20 filled with keys of other images, and a batch."
-    torch.manual_seed(seed)
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh())
-    encoder.out_dim = 16
-    method = cls(encoder, **{"queue_size": 20, "hidden_dim": 16, "embedding_dim": 5, "momentum": 0.9} | options).double()
-    method.generator = torch.Generator().manual_seed(seed)
-    for i in range(filled): method.push(method.keys(torch.rand(N, 3, 2, 2).double()), torch.arange(N) + 100 * (i + 1))
-    return method, Views(strong1=torch.rand(N, 3, 2, 2).double(), strong2=torch.rand(N, 3, 2, 2).double(), index=torch.arange(N))
-
-
-def embed(method, x):
-    "Unit outputs of the query network."
-    rows = method.projector(method.encoder(x))
-    return rows / rows.norm(dim=1, keepdim=True)
 
 
 def written_loss(queries, keys, queue, owners, index, tau, skip):

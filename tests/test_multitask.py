@@ -1,25 +1,23 @@
 "Three tasks on one encoder: limits, the contract of the attack, the step written out with loops, the sign of the diversity, mutants."
 
 import copy
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from common import seeded, seeds, signs, snapshot, untouched, written_cross_entropy, written_logits, written_question
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pretext import written_logits, written_loss, written_question
-from test_rocl import seeded, seeds, signs, snapshot
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from advssl.encoders import make_encoder
-from advssl.method import Views, check_settings, count_passes, get_method, methods, play
+from advssl.method import Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.jigsaw import AdvJigsaw, shuffle
 from advssl.methods.multitask import TASKS, MultiTask
 from advssl.methods.rotation import AdvRotation, rotate
 from advssl.pretext import Pretext
-from advssl.pretrain import Config
 
 SIZES = {"grid": 3, "masked": 3, "dim": 8, "heads": 2, "classes": 6}
 HOW = {"eps": 0.1, "steps": 2, "step_size": 0.04}
@@ -84,7 +82,7 @@ def written_diversity(gradients):
 
 def written_value(asked, x, moved, frame):
     "Losses of the tasks and their diversity at given places."
-    loss = lambda task, labels, choices, t: written_loss(written_logits(task, t, *(choices or [None])), labels)
+    loss = lambda task, labels, choices, t: written_cross_entropy(written_logits(task, t, *(choices or [None])), labels)
     losses = [loss(*one, t) for one, t in zip(asked, moved, strict=True)]
     grads = [torch.autograd.grad(loss, t, create_graph=True)[0] for loss, t in zip(losses, moved, strict=True)]
     if frame == "image": grads = [undone(task, labels, g) for (task, labels, _), g in zip(asked, grads, strict=True)]
@@ -112,8 +110,8 @@ def written_step(method, x, asked, weight, sigma, frame, kappa):
         moved, total = [t.requires_grad_() for t in moved], 0.0
         attacked = []
         for (task, labels, choices), q, t in zip(asked, questions, moved, strict=True):  # in this order, for BatchNorm's averages
-            total = total + written_loss(written_logits(task, q, *(choices or [None])), labels) / 6
-            attacked.append(written_loss(written_logits(task, t, *(choices or [None])), labels))
+            total = total + written_cross_entropy(written_logits(task, q, *(choices or [None])), labels) / 6
+            attacked.append(written_cross_entropy(written_logits(task, t, *(choices or [None])), labels))
         grads = [torch.autograd.grad(loss, t, create_graph=True)[0] for loss, t in zip(attacked, moved, strict=True)]
         if frame == "image": grads = [undone(task, labels, g) for (task, labels, _), g in zip(asked, grads, strict=True)]
         D = written_diversity(grads)
@@ -332,18 +330,15 @@ def test_contract(seed, norm, eps, steps, sign, training, batch_statistics, seen
     method, x = make(seed=seed, n=2, norm=norm, eps=eps, steps=steps, sign=sign, batch_statistics=batch_statistics, seen=seen)
     method.train(training)
     method.tasks["rotation"].head.train(not training)  # a mixed state must come back too
-    before, modes = snapshot(method), [m.training for m in method.modules()]
     image = x.clone().requires_grad_()
     state = method.generator.get_state()
-    asked = method.questions(image)
+    with untouched(method, image): asked = method.questions(image)
     threat = method.tasks["selfie"].player.threat
     for one in asked:
         delta = one.moved - one.x.detach()
         assert not one.moved.requires_grad and one.moved.min() >= 0 and one.moved.max() <= 1 and one.moved.shape == x.shape
         assert torch.allclose(threat.project(delta), delta, atol=1e-9)
-    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
-    assert modes == [m.training for m in method.modules()] and image.grad is None
-    assert all(p.grad is None and p.requires_grad for p in method.parameters())
+    assert image.grad is None and all(p.requires_grad for p in method.parameters())
     method.generator.set_state(state)
     assert all(torch.equal(one.moved, again.moved) for one, again in zip(asked, method.questions(image), strict=True))
 
@@ -412,13 +407,10 @@ def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message): make(**wrong)
 
 
-def test_card_and_recipes():
+def test_card():
     card = MultiTask.card
     assert get_method("Multi-Task") is methods()["multi-task"] is MultiTask
     assert (card.sign, card.type, card.level, card.combined, card.tables) == (1, "memory-free", "input", "yes", ())
-    config = Config("multi-task")
-    run = {f.name: getattr(config, f.name) for f in fields(Config)}
-    for recipe in MultiTask.recipes.values(): check_settings(run | settings_of(MultiTask), recipe)
     for cls in TASKS.values():  # the tasks' settings have their defaults
         shared = set(settings_of(cls)) & set(settings_of(MultiTask))
         assert {k: settings_of(MultiTask)[k] for k in shared} == {k: settings_of(cls)[k] for k in shared}

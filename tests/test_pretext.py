@@ -1,25 +1,24 @@
 "Rotation, Jigsaw and Selfie with and without their adversary: limits, the attack's contract, the step written out a second time, mutants."
 import copy
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from common import ORDER, seeded, seeds, signs, snapshot, start_zero, untouched, written_cross_entropy, written_logits, written_question
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rocl import seeded, seeds, signs, snapshot, start_zero
 from torch import nn
 
 from advssl.attack import frozen
 from advssl.encoders import make_encoder
-from advssl.method import Views, check_settings, count_passes, get_method, methods, play
+from advssl.method import Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.jigsaw import AdvJigsaw, Jigsaw, far_orders, force_identity, hamming, random_orders, shuffle
 from advssl.methods.rotation import AdvRotation, Rotation, rotate
 from advssl.methods.selfie import AdvSelfie, Selfie, early_stages
 from advssl.pretext import Adversarial, Pretext, patch_side
-from advssl.pretrain import Config
 
 examples = settings(max_examples=25, deadline=None)
 TASKS = {"rotation": (Rotation, AdvRotation), "jigsaw": (Jigsaw, AdvJigsaw), "selfie": (Selfie, AdvSelfie)}
@@ -67,50 +66,6 @@ def watched(method):
 # a second implementation, with loops
 
 
-def tile(image, k, grid):
-    side = image.shape[-1] // grid
-    return image[:, k // grid * side : (k // grid + 1) * side, k % grid * side : (k % grid + 1) * side]
-
-
-def written_question(method, image, label):
-    "One image's question."
-    if isinstance(method, Rotation):
-        size = image.shape[-1]
-        for _ in range(int(label)):
-            image = torch.stack([torch.stack([image[:, j, size - 1 - i] for j in range(size)], -1) for i in range(size)], 1)
-        return image
-    if isinstance(method, Jigsaw):
-        order = method.orders[int(label)].tolist()
-        g = method.grid
-        return torch.cat([torch.cat([tile(image, order[r * g + c], g) for c in range(g)], 2) for r in range(g)], 1)
-    return image
-
-
-def written_logits(method, x, order):
-    "Of all questions; for Selfie gap by gap, with the stages fed by all patches at once, as BatchNorm wants it."
-    if not isinstance(method, Selfie): return method.head(method.encoder(x))
-    count, choice = method.grid**2, method.choice
-    layers = method.encoder.backbone.layers
-    h = torch.stack([tile(image, k, method.grid) for image in x for k in range(count)])
-    h = method.encoder.normalise(h)
-    for layer in layers[: len(layers) - 4]: h = layer(h)
-    h = (h.mean((2, 3)) @ choice.embed.weight.T + choice.embed.bias).view(len(x), count, -1)
-    out = []
-    for i in range(len(x)):
-        hidden, visible = order[i, : method.masked].tolist(), order[i, method.masked :].tolist()
-        u = choice.attend(torch.stack([choice.ask[0, 0]] + [h[i, k] + choice.position[k] for k in visible])[None])[0, 0]
-        out.append(torch.stack([torch.stack([(u + choice.position[t]) @ h[i, j] / h.shape[-1] ** 0.5 for j in hidden]) for t in hidden]))
-    return torch.stack(out)
-
-
-def written_loss(logits, labels):
-    "The mean over questions and their parts of -log p."
-    total, count = 0.0, 0
-    for a, y in zip(logits.flatten(0, -2), labels.flatten().tolist(), strict=True):
-        total, count = total - (a[y].exp() / sum(v.exp() for v in a)).log(), count + 1
-    return total / count
-
-
 def written_step(method, x, labels, order, eps, alpha, steps, sign):
     "The adversary from a zero start and the half-half objective, image by image."
     q = torch.stack([written_question(method, image, label if label.ndim == 0 else 0) for image, label in zip(x, labels, strict=True)])
@@ -118,10 +73,10 @@ def written_step(method, x, labels, order, eps, alpha, steps, sign):
     moved = q
     for _ in range(steps):
         leaf = moved.clone().requires_grad_()
-        (g,) = torch.autograd.grad(written_loss(written_logits(method, leaf, order), labels), leaf)
+        (g,) = torch.autograd.grad(written_cross_entropy(written_logits(method, leaf, order), labels), leaf)
         moved = torch.maximum(torch.minimum(moved + sign * alpha * g.sign(), q + eps), q - eps).clamp(0, 1)
     method.train()
-    clean, attacked = (written_loss(written_logits(method, t, order), labels) for t in (q, moved))
+    clean, attacked = (written_cross_entropy(written_logits(method, t, order), labels) for t in (q, moved))
     objective = (clean + attacked) / 2
     return q, moved, objective, torch.autograd.grad(objective, list(method.parameters()), allow_unused=True)
 
@@ -358,20 +313,11 @@ def test_contract(cls, seed, norm, eps, steps, sign, training, batch_statistics,
     part = method.choice if isinstance(method, Selfie) else method.head
     part.train(not training)  # a mixed state must come back too
     next(part.parameters()).requires_grad_(False)
-    state = torch.get_rng_state()
-    question = method.task(x)
-    kept, before = [t.clone() for t in question], snapshot(method)
-    modes, flags = [m.training for m in method.modules()], [p.requires_grad for p in method.parameters()]
+    with untouched(method, x): question = method.task(x)
     method.generator = seeded(seed)
-    found = method.attack(*question)
-    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
-    assert ((found - question[0]).flatten(1).norm(order, dim=1) <= eps + 1e-6).all()
+    with untouched(method, *question): found = method.attack(*question)
+    assert ((found - question[0]).flatten(1).norm(ORDER[norm], dim=1) <= eps + 1e-6).all()
     assert found.dtype == dtype and found.min() >= 0 and found.max() <= 1 and not found.requires_grad
-    assert all(torch.equal(a, b) for a, b in zip(question, kept, strict=True))
-    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
-    assert modes == [m.training for m in method.modules()] and flags == [p.requires_grad for p in method.parameters()]
-    assert all(p.grad is None for p in method.parameters())
-    assert torch.equal(torch.get_rng_state(), state)  # all randomness is the method's generator's
     method.generator = seeded(seed)
     assert torch.equal(method.attack(*question), found)
 
@@ -589,7 +535,7 @@ def test_images_that_do_not_fit():
 
 
 @pytest.mark.parametrize(("plain", "adversarial"), TASKS.values(), ids=TASKS)
-def test_cards_and_recipes(plain, adversarial):
+def test_cards(plain, adversarial):
     name = plain.card.name
     assert get_method(name) is methods()[name.lower()] is plain
     assert get_method(f"Adv-{name}") is methods()[f"adv-{name.lower()}"] is adversarial
@@ -597,10 +543,6 @@ def test_cards_and_recipes(plain, adversarial):
         assert (cls.card.sign, cls.card.type, cls.card.level, cls.card.tables) == (sign, kind, level, ())
     player = {"norm": "linf", "eps": 8 / 255, "steps": 10, "step_size": 0.0, "sign": 1, "form": "half", "batch_statistics": False}
     assert settings_of(adversarial) == player | settings_of(plain)  # nothing but the player
-    for cls in (plain, adversarial):
-        config = Config(cls.card.name.lower())
-        run = {f.name: getattr(config, f.name) for f in fields(Config)}
-        for recipe in cls.recipes.values(): check_settings(run | settings_of(cls), recipe)
 
 
 def test_the_player_is_the_librarys():

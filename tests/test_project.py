@@ -77,6 +77,17 @@ def test_notebook_form(path):
             assert "image/png" in kinds or "image/svg+xml" in kinds, f"store the outputs: {text[:80]}"
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)
+def test_on_colab_a_page_installs_the_library(path):
+    """Before anything is imported, and nowhere else; from the repository that settings.ini names."""
+    settings = ConfigParser()
+    settings.read(ROOT / "settings.ini")
+    address = settings["DEFAULT"]["git_url"]
+    wanted = f"! [ -e /content ] && pip install -q 'advssl[suite] @ git+{address}'"
+    code = [source(cell) for cell in cells(path) if cell["cell_type"] == "code"]
+    assert wanted in code[0] and code[0].startswith("#| hide\n") and not any("[ -e /content ]" in text for text in code[1:])
+
+
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name == "experiments"], ids=lambda p: p.stem)
 def test_experiments_have_parameters(path):
     """papermill finds the one cell tagged `parameters`."""

@@ -1,11 +1,13 @@
 "RoCL: limits, the contract of its attack, its step written out a second time, and mutants that the same checks must reject."
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from common import ORDER, examples, seeded, seeds, signs, snapshot, start_zero, turn, untouched, written_nt_xent
+from common import make_contrastive as make
+from hypothesis import given
 from hypothesis import strategies as st
 from parity_models import TanhEncoder
 from torch import nn
@@ -13,56 +15,11 @@ from torch import nn
 from advssl.attack import frozen
 from advssl.augment import Augment
 from advssl.contrast import nt_xent
-from advssl.method import Views, check_settings, count_passes, get_method, methods, play
+from advssl.method import Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.rocl import RoCL, smoothed_features
-from advssl.pretrain import Config
-
-examples = settings(max_examples=30, deadline=None)
-seeds, signs = st.integers(0, 2**31), st.sampled_from([1, -1])
-SHAPE = (6, 3, 2, 2)
-
-
-def seeded(seed=0): return torch.Generator().manual_seed(seed)
-
-
-def make(cls=RoCL, seed=0, dtype=torch.float64, batch_norm=True, **options):
-    "A method on 12 pixels with BatchNorm statistics unlike those of any batch, in training mode, and two views."
-    torch.manual_seed(seed)
-    norm = nn.BatchNorm1d(16) if batch_norm else nn.Identity()
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), norm, nn.Tanh())
-    encoder.out_dim = 16
-    method = cls(encoder, hidden_dim=16, embedding_dim=5, **options).to(dtype)
-    with torch.no_grad(): encoder(2 * torch.randn(32, 12, dtype=dtype) + 1)
-    method.generator = seeded(seed)
-    return method, *torch.rand(2, *SHAPE, dtype=dtype)
-
-
-def start_zero(method):
-    method.player = replace(method.player, start="zero")
-    return method
-
-
-def snapshot(method):
-    return {k: v.clone() for k, v in method.state_dict().items()}
-
-
-def turn(method, x1, x2):
-    (one,) = list(method.turns(Views(strong1=x1, strong2=x2)))
-    return one
-
 
 # a second implementation, with loops
-
-
-def written_loss(z, tau):
-    "Sum of -log p over all ordered pairs of different views, divided by the number of queries."
-    u, total = [row / row.norm() for row in torch.cat(list(z))], 0.0
-    n = len(z[0])
-    for i, a in enumerate(u):
-        others = torch.stack([(a @ b / tau).exp() for j, b in enumerate(u) if j != i]).sum()
-        total = total - sum(((a @ b / tau).exp() / others).log() for j, b in enumerate(u) if j != i and j % n == i % n)
-    return total / len(u)
 
 
 def written_step(method, x1, x2, eps, alpha, steps, sign, weight, tau=0.5):
@@ -72,11 +29,11 @@ def written_step(method, x1, x2, eps, alpha, steps, sign, weight, tau=0.5):
     method.eval()
     for _ in range(steps):
         leaf = x.clone().requires_grad_()
-        (g,) = torch.autograd.grad(written_loss(f(torch.cat([leaf, x2])).chunk(2), tau), leaf)
+        (g,) = torch.autograd.grad(written_nt_xent(f(torch.cat([leaf, x2])).chunk(2), tau), leaf)
         x = torch.maximum(torch.minimum(x + sign * alpha * g.sign(), x1 + eps), x1 - eps).clamp(0, 1)
     method.train()
     z1, z2, z_adv = f(torch.cat([x1, x2, x])).chunk(3)
-    objective = written_loss((z1, z2, z_adv), tau) + weight * written_loss((z_adv, z2), tau)
+    objective = written_nt_xent((z1, z2, z_adv), tau) + weight * written_nt_xent((z_adv, z2), tau)
     return x, objective, torch.autograd.grad(objective, list(method.parameters()))
 
 
@@ -226,17 +183,9 @@ def test_contract(seed, norm, eps, steps, sign, training, dtype, step_size):
     method.train(training)
     method.encoder[2].train(not training)  # a mixed state must come back too
     method.projector[0].bias.requires_grad_(False)
-    before, kept, flags = snapshot(method), (x1.clone(), x2.clone()), [p.requires_grad for p in method.parameters()]
-    modes, stream = [m.training for m in method.modules()], torch.get_rng_state()
-    found = method.attack(x1, x2)
-    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
-    assert ((found - x1).flatten(1).norm(order, dim=1) <= eps + 1e-6).all()
+    with untouched(method, x1, x2): found = method.attack(x1, x2)
+    assert ((found - x1).flatten(1).norm(ORDER[norm], dim=1) <= eps + 1e-6).all()
     assert found.dtype == dtype and found.min() >= 0 and found.max() <= 1 and not found.requires_grad
-    assert torch.equal(x1, kept[0]) and torch.equal(x2, kept[1])
-    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
-    assert modes == [m.training for m in method.modules()] and flags == [p.requires_grad for p in method.parameters()]
-    assert all(p.grad is None for p in method.parameters())
-    assert torch.equal(torch.get_rng_state(), stream)  # all randomness is the method's generator's
     method.generator = seeded(seed)
     assert torch.equal(method.attack(x1, x2), found)
 
@@ -337,7 +286,7 @@ def test_the_method_itself_finds_the_official_perturbation(case):
     for name, grad in encoder.grads().items(): assert torch.allclose(grad, array(expected["reg_grads"][name]), rtol=1e-8, atol=1e-12)
 
 
-# settings, card, recipes
+# settings, card
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
@@ -355,15 +304,12 @@ def test_wrong_settings_of_the_loss(wrong, message):
     with pytest.raises(ValueError, match=message): turn(method, x1, x2)
 
 
-def test_card_and_recipes():
+def test_card():
     assert get_method("RoCL") is methods()["rocl"] is RoCL
     card = RoCL.card
     assert (card.type, card.base, card.level, card.combined, card.sign, card.tables) == ("memory-free", "CL", "input", "yes", 1, (1, 2))
     known = settings_of(RoCL)
     assert (known["norm"], known["eps"], known["steps"], known["weight"], known["sign"]) == ("linf", 8 / 255, 7, 1 / 256, 1)
-    config = Config("rocl")
-    fields_of_a_run = {f.name: getattr(config, f.name) for f in fields(Config)}
-    for recipe in RoCL.recipes.values(): check_settings(fields_of_a_run | known, recipe)
 
 
 # smoothed inference

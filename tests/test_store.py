@@ -77,3 +77,14 @@ def test_a_row_of_a_method_that_nobody_knows_is_stale(tmp_path):
     assert row["stale"] and store.write_store(tmp_path / "rows.jsonl", tmp_path / "runs", "smoke") == 0
     (name, kept), = store.read_store(tmp_path / "rows.jsonl")
     assert name == "of-somebody/0-abc/result.json" and kept["stale"]
+
+
+def test_records_are_for_comparisons_of_all_seeds():
+    """In the order of the seeds whatever that of the rows; nothing where a seed, an accuracy or a mask is missing."""
+    row = lambda seed: {"seed": seed, "evaluation": {"linear.clean": {"right": f"{seed:02x}", "total": 8}, "knn.clean": {"total": 8}}}
+    group = store.Group("simclr", "small_convnet", [row(10), row(0), row(2)])
+    assert [r["right"] for r in group.records("linear.clean", 3)] == ["00", "02", "0a"]
+    for key, seeds in (("linear.clean", 2), ("linear.clean", 4), ("knn.clean", 3), ("aff.clean", 3)):
+        assert group.records(key, seeds) is None
+    del group.rows[1]["evaluation"]["linear.clean"]
+    assert group.records("linear.clean", 3) is None

@@ -1,9 +1,9 @@
 "Contrast and reconstruction under one player: limits, the contract of the attack, the step written out with loops, and mutants."
 
-from dataclasses import replace
 
 import pytest
 import torch
+from common import ORDER, seeded, snapshot, start_zero, untouched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
@@ -26,20 +26,12 @@ def make(cls=Unified, seed=0, dtype=torch.float64, **options):
     vit = VisionTransformer(6, 2, 1, 0, "avg", 8, 1, 2, fc_norm=False)
     own = SIZES if cls is ACL else TINY if issubclass(cls, MAE) else TINY | SIZES
     method = cls(Encoder(fix_position(vit), 8, 1, 6), **own | options).to(dtype)
-    x1, x2 = torch.rand(2, 6, 1, 6, 6, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    x1, x2 = torch.rand(2, 6, 1, 6, 6, generator=seeded(seed)).to(dtype)
     with torch.no_grad():
         for p in method.parameters(): p += 0.05 * torch.randn_like(p)
         if hasattr(method, "projector"): method.projector(3 * torch.randn(32, 8, dtype=dtype) + 1)
-    method.generator = torch.Generator().manual_seed(seed)
+    method.generator = seeded(seed)
     return method, x1, x2
-
-
-def start_zero(method, **options):
-    method.player = replace(method.player, start="zero", **options)
-    return method
-
-
-def state(method): return {k: v.clone() for k, v in method.state_dict().items()}
 
 
 def step(method, x1, x2):
@@ -96,18 +88,18 @@ HOW = {"eps": 0.1, "steps": 3, "step_size": 0.04}
 def agrees(cls=Unified, weight=0.4, sign=1):
     "Whether attack, objective, gradients, statistics and traces are those of `written_step`."
     (ours, x1, x2), (theirs, _, _) = (make(c, weight=weight, sign=sign, **HOW) for c in (cls, Unified))
-    theirs.mae.generator = torch.Generator().manual_seed(0)
+    theirs.mae.generator = seeded(0)
     x_adv, objective = written_step(theirs, x1, x2, weight, HOW["eps"], HOW["step_size"], HOW["steps"], sign)
     weights = lambda method: [p for p in method.parameters() if p.requires_grad]
     expected = torch.autograd.grad(objective, weights(theirs), allow_unused=True)
     start_zero(ours)
-    before = state(ours)
+    before = snapshot(ours)
     found = ours.attack(x1, x2, ours.question(x1))
     kept = (
         not found.requires_grad and all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
         and all(p.grad is None for p in ours.parameters()) and all(m.training for m in ours.modules())
     )
-    ours.generator = torch.Generator().manual_seed(0)
+    ours.generator = seeded(0)
     ((value, player),) = ours.turns(Views(strong1=x1, strong2=x2))
     grads = torch.autograd.grad(value, weights(ours), allow_unused=True)
     same = lambda a, b: torch.allclose(a if a is not None else torch.zeros_like(b), b, rtol=1e-8, atol=1e-10)
@@ -219,7 +211,7 @@ def test_the_ends_are_the_pure_forms_to_the_bit(ball):
     assert all(torch.equal(v, ours.state_dict()[k]) for k, v in base.state_dict().items())
     (ours, x1, x2), (base, _, _) = make(weight=1.0, **ball), make(AdversarialMAE)
     base.load_state_dict(ours.mae.state_dict())
-    base.player, before = ours.player, state(ours.projector)
+    base.player, before = ours.player, snapshot(ours.projector)
     for _ in range(2): assert torch.equal(step(ours, x1, x2), step(base, x1, x2))
     assert all(torch.equal(v, ours.mae.state_dict()[k]) for k, v in base.state_dict().items())
     assert all(torch.equal(v, before[k]) for k, v in ours.projector.state_dict().items())  # nor its statistics
@@ -268,17 +260,11 @@ def test_contract(seed, norm, eps, steps, sign, weight, training, dtype):
     method.train(training)
     method.projector[1].train(not training)  # a mixed state must come back too
     method.projector[0].weight.requires_grad_(False)
-    before, kept, flags = state(method), (x1.clone(), x2.clone()), [p.requires_grad for p in method.parameters()]
-    modes, stream = [m.training for m in method.modules()], torch.get_rng_state()
-    method.generator = torch.Generator().manual_seed(seed)
-    found = method.attack(x1, x2, mask)
-    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
-    assert ((found - x1).flatten(1).norm(order, dim=1) <= eps + 1e-6).all() and found.min() >= 0 and found.max() <= 1
-    assert found.dtype == dtype and not found.requires_grad and torch.equal(x1, kept[0]) and torch.equal(x2, kept[1])
-    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
-    assert modes == [m.training for m in method.modules()] and flags == [p.requires_grad for p in method.parameters()]
-    assert all(p.grad is None for p in method.parameters()) and torch.equal(torch.get_rng_state(), stream)
-    method.generator = torch.Generator().manual_seed(seed)
+    method.generator = seeded(seed)
+    with untouched(method, x1, x2): found = method.attack(x1, x2, mask)
+    assert ((found - x1).flatten(1).norm(ORDER[norm], dim=1) <= eps + 1e-6).all() and found.min() >= 0 and found.max() <= 1
+    assert found.dtype == dtype and not found.requires_grad
+    method.generator = seeded(seed)
     assert torch.equal(method.attack(x1, x2, mask), found)
 
 

@@ -27,7 +27,7 @@ ORDERS = {"Linf": torch.inf, "L2": 2, "L1": 1}  # of the norms; the library's na
 
 
 def refuse_noise(
-    model: nn.Module,
+    model: nn.Module,  # a classifier
 ) -> None:
     "Refuse a classifier that rolls dice: the attacks take the answer to one roll for the answer."
     if is_stochastic(model):
@@ -83,7 +83,12 @@ def number_of_classes(
         return classifier(to_unit(images[:1].to(device_of(classifier, images.device))).to(dtype)).shape[1]
 
 
-def about(budget: str, number: int, batch_size: int, **more) -> dict[str, Any]:
+def about(
+    budget: str,  # its name: "steps" or "queries"
+    number: int,  # how many of them
+    batch_size: int,  # images attacked together
+    **more,  # of the attack's own: restarts, targets, loss
+) -> dict[str, Any]:  # JSON-able
     "What a record says of an attack of the library."
     return {budget: number, **more, "batch": batch_size, "library": f"pyautoattack {version('pyautoattack')}"}
 
@@ -170,7 +175,12 @@ def square(
 SINGLE: dict[str, tuple[Attack, int]] = {"apgd-ce": (apgd_ce, 100), "apgd-t": (apgd_t, 100), "fab-t": (fab_t, 100), "square": (square, 5000)}
 
 
-def plainly(name: str, attack: Attack, *args, **settings) -> tuple[Tensor, dict[str, Any]]:
+def plainly(
+    name: str,  # of the stage, of no use here
+    attack: Attack,
+    *args,  # of the attack: classifier, images, labels, threat
+    **settings,  # of the attack
+) -> tuple[Tensor, dict[str, Any]]:  # what the attack returns
     "Call an attack."
     return attack(*args, **settings)
 

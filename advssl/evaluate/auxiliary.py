@@ -6,9 +6,7 @@
 __all__ = ['Auxiliary', 'one_shot', 'units', 'same_passes']
 
 # %% ../../nbs/5_evaluation/36_auxiliary.ipynb #c5150771
-import copy
-import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attack import Perturbation, frozen
-from .finetune import FineTune, Tuned, Tuning, TuningRecord, TuningRun, find_mode, find_tuning, fingerprint, is_channels_last, new_head
-from ..features import device_of
-from ..images import ImageSet, few_labels, split
+from .finetune import FineTune, Tuned, Tuning, find_mode, find_tuning, tune
+from ..images import ImageSet
 from ..method import Player, Views
 from ..methods.rotation import Rotation, rotate
 from ..pretrain import Config
@@ -103,32 +100,11 @@ def one_shot(
     **options,  # of `Run`, such as checkpoint_seconds
 ) -> Tuned:
     "Train a classifier with labels and the rotation loss at once. Hendrycks et al. 2019."
-    if folder is None:
-        how = {"threat": threat, "tuning": tuning, "weight": weight, "draw": draw, "separate": separate, "seed": seed}
-        with tempfile.TemporaryDirectory() as folder: return one_shot(encoder, images, folder=folder, **how, **options)
-    from lightning_fabric import Fabric
-
-    tuning, device = find_tuning(tuning, "aff") if isinstance(tuning, str) else tuning, device_of(encoder)
-    parts = split(few_labels(images, tuning.labels, seed) if tuning.labels < 1 else images, tuning.heldout, seed)
-    about = asdict(tuning) | {"milestones": list(tuning.milestones), "norm": type(threat).__name__.lower(), "eps": threat.eps,
-                              "auxiliary": "rotation", "weight": weight, "draw": draw, "separate": separate}
-    shared = {k: about[k] for k in ("epochs", "lr", "optimizer", "weight_decay", "decay_all", "warmup_epochs")}
-    config = TuningRecord(
-        method="auxiliary", seed=seed, data=images.sha256, encoder=fingerprint(encoder), batch_size=min(tuning.batch_size, len(parts[0])),
-        settings=about, channels_last=is_channels_last(encoder), **shared)
+    tuning = find_tuning(tuning, "aff") if isinstance(tuning, str) else tuning
     player = Perturbation(threat, tuning.steps, tuning.step_size or None) if tuning.steps else None
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        copied = copy.deepcopy(encoder)
-        head = new_head(copied, parts[0], tuning.standardise, seed)
-        method = Auxiliary(copied, head, player, tuning, weight, draw, separate).to(device)
-        fabric = Fabric(accelerator=device.type, devices=[device.index or 0] if device.type == "cuda" else 1)
-        run = TuningRun(config, folder, method, parts, threat, **{"fabric": fabric} | options)
-        run.train()
-    history, names = run.history(), ("epoch", "standard", "robust", "objective", "seconds")
-    best = run.chosen(history)
-    about |= {"images": len(parts[0]), "heldout_images": len(parts[1]), "epoch": best["epoch"], "heldout_standard": best["standard"], "heldout_robust": best["robust"]}
-    return Tuned(run.method.evaluated(), [{k: h[k] for k in names} for h in history], best["epoch"], about)
+    make = lambda copied, head: Auxiliary(copied, head, player, tuning, weight, draw, separate)
+    about = {"auxiliary": "rotation", "weight": weight, "draw": draw, "separate": separate}
+    return tune(make, encoder, images, tuning, threat, "auxiliary", about, seed=seed, folder=folder, **options)
 
 # %% ../../nbs/5_evaluation/36_auxiliary.ipynb #3c6e415d
 def units(

@@ -30,7 +30,7 @@ from ..threat import Ball
 
 # %% ../../nbs/5_evaluation/46_cache.ipynb #1f1e37c0
 def plain(
-    value: Any,
+    value: Any,  # of an attribute of a module
 ) -> bool:
     "Whether a setting says all about itself by its `repr`."
     if isinstance(value, tuple | list): return all(map(plain, value))
@@ -96,20 +96,22 @@ def versions() -> dict[str, str]:
 
 # %% ../../nbs/5_evaluation/46_cache.ipynb #9a11138a
 def canonical(
-    record: dict[str, Any],
-) -> str:
+    record: dict[str, Any],  # JSON-able, without NaN or infinity
+) -> str:  # JSON with sorted keys and no spaces
     "One text for one record."
     return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def digest(record: dict[str, Any]) -> str:
+def digest(
+    record: dict[str, Any],  # JSON-able
+) -> str:  # 64 hexadecimal digits
     "SHA-256 of a record."
     return hashlib.sha256(canonical(record).encode()).hexdigest()
 
 
 def read_unit(
-    path: Path,
-    question: dict[str, Any],
+    path: Path,  # of the answer's file
+    question: dict[str, Any],  # that it must answer
 ) -> dict[str, Any] | None:  # the answer; None where there is none to trust
     "Read an answer, if the file is whole and answers this question."
     if not path.exists(): return None
@@ -164,7 +166,16 @@ class Keeper:
         self.units, self.label = units, label
         self.who = {"classifier": classifier_sha256(classifier), "code": classifier_code(classifier)} if units.folder else {}
 
-    def question(self, name: str, function: Callable, ball: str, images: Tensor, labels: Tensor, index: Tensor, **how) -> dict[str, Any]:
+    def question(
+        self,
+        name: str,  # of the attack, with its budget, or of the measure
+        function: Callable,  # the attack or the measure
+        ball: str,  # `repr` of the threat, or of all of them
+        images: Tensor,  # uint8, or float in [0, 1]; shape (n, C, S, S)
+        labels: Tensor,  # int64, shape (n,)
+        index: Tensor,  # int64, shape (n,): names of the images
+        **how,  # further settings: budget, seed, batch_size
+    ) -> dict[str, Any]:  # JSON-able
         "Eq. (1), as a record."
         return {
             "name": name, "function": function_code(function), "ball": ball, **how, **self.who, "index": index.tolist(),

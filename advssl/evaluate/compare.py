@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['EMPTY', 'SEEDS', 'IMAGES', 'Answers', 'pack', 'unpack', 'sign_flip_test', 'score_interval', 'screening', 't_test',
-           'Effect', 'repeated', 'difference', 'interaction', 'difference_rows', 'interaction_rows', 'holm', 'bold',
-           'bold_rows']
+           'Effect', 'repeated', 'difference', 'interaction', 'difference_rows', 'interaction_rows', 'holm', 'bold']
 
 # %% ../../nbs/5_evaluation/12_compare.ipynb #e0d028f3
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -252,31 +251,14 @@ def holm(
     return adjusted
 
 # %% ../../nbs/5_evaluation/12_compare.ipynb #529c357e
-def _bold(values: Sequence[float | None], against: Callable[[int, int], Effect | None], level: float) -> list[bool]:
-    "Compare every entry with the leader."
-    known = [i for i, v in enumerate(values) if v is not None]
-    if not known: return [False] * len(values)
-    leader = max(known, key=values.__getitem__)
-    effects = {i: e for i in known if i != leader and (e := against(leader, i))}
-    worse = {i for (i, e), p in zip(effects.items(), holm([e.p for e in effects.values()]), strict=True) if e.low > 0 and p <= 1 - level}
-    return [i in known and i not in worse for i in range(len(values))]
-
-
 def bold(
     entries: Sequence[Sequence[Answers] | None],  # a column of a table: a list with one mask or record per seed; None: empty
     level: float = 0.95,  # confidence level, in (0, 1)
 ) -> list[bool]:  # one per entry
     "Which entries are the best, or cannot be told from the best."
-    values = [e and fmean(_hits(answers)[1].double().mean().item() for answers in e) for e in entries]
-    return _bold(values, lambda i, j: difference(entries[i], entries[j], level), level)
-
-
-def bold_rows(
-    entries: Sequence[Sequence[dict]],  # result rows of each entry, a row for each seed
-    key: str,  # of a record, such as "linear.clean"
-    level: float = 0.95,  # confidence level, in (0, 1)
-) -> list[bool]:  # one per entry; False where a row has no such key
-    "`bold` of stored results; entries are compared on the seeds that they share with the leader."
-    found = [[r["evaluation"].get(key) for r in rows] for rows in entries]
-    values = [fmean(r["correct"] / r["total"] for r in records) if records and all(records) else None for records in found]
-    return _bold(values, lambda i, j: difference_rows(entries[i], entries[j], key, level=level), level)
+    values = {i: fmean(_hits(answers)[1].double().mean().item() for answers in e) for i, e in enumerate(entries) if e is not None}
+    if not values: return [False] * len(entries)
+    leader = max(values, key=values.__getitem__)
+    effects = {i: difference(entries[leader], entries[i], level) for i in values if i != leader}
+    worse = {i for (i, e), p in zip(effects.items(), holm([e.p for e in effects.values()]), strict=True) if e.low > 0 and p <= 1 - level}
+    return [i in values and i not in worse for i in range(len(entries))]

@@ -59,11 +59,29 @@ class Kind:
 KINDS: dict[str, Kind] = {}  # by the names of the official files; the order names random numbers, so new kinds go to the end
 
 # %% ../../nbs/5_evaluation/65_corruptions.ipynb #b704f413
-def gaussian_noise(x: Tensor, sigma: float, draws: Draws) -> Tensor: return x + sigma * draws.normal(*x.shape[1:])
-def shot_noise(x: Tensor, photons: float, draws: Draws) -> Tensor: return draws.poisson(x * photons) / photons
+def gaussian_noise(
+    x: Tensor,  # images in [0, 1], shape (n, C, S, S)
+    sigma: float,  # standard deviation; of the severity, see KINDS
+    draws: Draws,  # the images' random numbers
+) -> Tensor:  # shape (n, C, S, S), not yet clipped to [0, 1]
+    "Gaussian noise of standard deviation sigma."
+    return x + sigma * draws.normal(*x.shape[1:])
 
 
-def impulse_noise(x: Tensor, share: float, draws: Draws) -> Tensor:
+def shot_noise(
+    x: Tensor,  # images in [0, 1], shape (n, C, S, S)
+    photons: float,  # per unit of light; of the severity, see KINDS
+    draws: Draws,  # the images' random numbers
+) -> Tensor:  # shape (n, C, S, S), not yet clipped to [0, 1]
+    "Poisson noise of that many photons per unit of light."
+    return draws.poisson(x * photons) / photons
+
+
+def impulse_noise(
+    x: Tensor,  # images in [0, 1], shape (n, C, S, S)
+    share: float,  # of the values that are lost; of the severity, see KINDS
+    draws: Draws,  # the images' random numbers
+) -> Tensor:  # shape (n, C, S, S), not yet clipped to [0, 1]
     "Salt and pepper, in every channel by itself."
     u = draws.uniform(*x.shape[1:])
     return torch.where(u < share, (u < share / 2).to(x), x)
@@ -98,7 +116,11 @@ def _blur(x: Tensor, sigma: float) -> Tensor:
     return warp(x, *[matrix.to(x).expand(len(x), -1, -1)] * 2)
 
 
-def defocus_blur(x: Tensor, radius: float, draws: Draws) -> Tensor:
+def defocus_blur(
+    x: Tensor,  # images in [0, 1], shape (n, C, S, S)
+    radius: float,  # pixels of an image of side 32; of the severity, see KINDS
+    draws: Draws,  # the images' random numbers, of no use here
+) -> Tensor:  # shape (n, C, S, S), not yet clipped to [0, 1]
     "Average over a disc whose edge falls off over a pixel, from `radius` on."
     radius, side = radius * _pixels(x), x.shape[-1]
     reach = min(side - 1, int(radius + 1))
@@ -108,7 +130,11 @@ def defocus_blur(x: Tensor, radius: float, draws: Draws) -> Tensor:
     return F.conv2d(flat, disc[None, None] / disc.sum()).view_as(x)
 
 
-def glass_blur(x: Tensor, strength: tuple[float, float], draws: Draws) -> Tensor:
+def glass_blur(
+    x: Tensor,  # images in [0, 1], shape (n, C, S, S)
+    strength: tuple[float, float],  # sigma and farthest shift, in pixels of an image of side 32; of the severity, see KINDS
+    draws: Draws,  # the images' random numbers
+) -> Tensor:  # shape (n, C, S, S), not yet clipped to [0, 1]
     "Every pixel from somewhere near, between two blurs: sigma and farthest shift, in pixels."
     sigma, reach = (v * _pixels(x) for v in strength)
     down, right = (reach * (2 * draws.uniform(2, *x.shape[2:]) - 1)).unbind(1)
@@ -118,14 +144,22 @@ def glass_blur(x: Tensor, strength: tuple[float, float], draws: Draws) -> Tensor
 STEPS = 9  # points of the integral in Eq. (3)
 
 
-def motion_blur(x: Tensor, length: float, draws: Draws) -> Tensor:
+def motion_blur(
+    x: Tensor,  # images in [0, 1], shape (n, C, S, S)
+    length: float,  # of the line, in pixels of an image of side 32; of the severity, see KINDS
+    draws: Draws,  # the images' random numbers
+) -> Tensor:  # shape (n, C, S, S), not yet clipped to [0, 1]
     "Average along a line; another direction for each image."
     angle = torch.pi * draws.uniform(1, 1)
     moves = [t * length * _pixels(x) / 2 for t in torch.linspace(-1, 1, STEPS).tolist()]
     return sum(displace(x, m * angle.sin(), m * angle.cos()) for m in moves) / STEPS
 
 
-def zoom_blur(x: Tensor, zoom: float, draws: Draws) -> Tensor:
+def zoom_blur(
+    x: Tensor,  # images in [0, 1], shape (n, C, S, S)
+    zoom: float,  # largest magnification; of the severity, see KINDS
+    draws: Draws,  # the images' random numbers, of no use here
+) -> Tensor:  # shape (n, C, S, S), not yet clipped to [0, 1]
     "Average over magnifications from 1 to `zoom`."
     from_centre = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype) - (x.shape[-1] - 1) / 2
     factors = [1 / t - 1 for t in torch.linspace(1, zoom, STEPS).tolist()]
@@ -152,7 +186,11 @@ def texture(
     return (total - low) / (high - low)
 
 
-def fog(x: Tensor, density: float, draws: Draws) -> Tensor:
+def fog(
+    x: Tensor,  # images in [0, 1], shape (n, C, S, S)
+    density: float,  # largest share of light from the air, in [0, 1]; of the severity, see KINDS
+    draws: Draws,  # the images' random numbers
+) -> Tensor:  # shape (n, C, S, S), not yet clipped to [0, 1]
     "Light from the air instead of the scene, Eq. (5)."
     tau = density * (1 + texture(draws, x.shape[-1], 0.5)) / 2
     return x * (1 - tau) + tau
@@ -161,7 +199,11 @@ def fog(x: Tensor, density: float, draws: Draws) -> Tensor:
 ICE = (0.85, 0.95, 1.0)  # red, green, blue
 
 
-def frost(x: Tensor, cover: float, draws: Draws) -> Tensor:
+def frost(
+    x: Tensor,  # images in [0, 1], shape (n, C, S, S)
+    cover: float,  # weight of the ice; of the severity, see KINDS
+    draws: Draws,  # the images' random numbers
+) -> Tensor:  # shape (n, C, S, S), not yet clipped to [0, 1]
     "Procedural crystals over the image; not the photographs of the original."
     ridges = [1 - (2 * texture(draws, x.shape[-1], 0.7) - 1).abs() for _ in range(2)]
     ice = torch.maximum(*ridges) ** 3 * (x.new_tensor(ICE)[:, None, None] if x.shape[1] == 3 else 1)
@@ -171,7 +213,11 @@ def frost(x: Tensor, cover: float, draws: Draws) -> Tensor:
 WIND = (1.1, 0.5)  # radians: mean direction of falling snow, and how far it varies
 
 
-def snow(x: Tensor, strength: tuple[float, float], draws: Draws) -> Tensor:
+def snow(
+    x: Tensor,  # images in [0, 1], shape (n, C, S, S)
+    strength: tuple[float, float],  # how white, and the threshold of a flake; of the severity, see KINDS
+    draws: Draws,  # the images' random numbers
+) -> Tensor:  # shape (n, C, S, S), not yet clipped to [0, 1]
     "A whitened scene behind flakes: how white, and how many (a threshold in standard deviations)."
     white, threshold = strength
     grid = draws.normal(1, min(32, x.shape[-1]), min(32, x.shape[-1]))
@@ -189,26 +235,42 @@ KINDS |= {
 }
 
 # %% ../../nbs/5_evaluation/65_corruptions.ipynb #dc3ab72f
-def brightness(x: Tensor, more: float, draws: Draws) -> Tensor:
+def brightness(
+    x: Tensor,  # images in [0, 1], shape (n, C, S, S)
+    more: float,  # added to the value; of the severity, see KINDS
+    draws: Draws,  # the images' random numbers, of no use here
+) -> Tensor:  # shape (n, C, S, S), not yet clipped to [0, 1]
     "A larger value V, Eq. (6)."
     value = x.amax(1, keepdim=True)
     return torch.where(value > 0, x / value.clamp(min=1e-6), 1) * (value + more).clamp(max=1)
 
 
-def contrast(x: Tensor, factor: float, draws: Draws) -> Tensor:
+def contrast(
+    x: Tensor,  # images in [0, 1], shape (n, C, S, S)
+    factor: float,  # what is left of the distance to the mean; of the severity, see KINDS
+    draws: Draws,  # the images' random numbers, of no use here
+) -> Tensor:  # shape (n, C, S, S), not yet clipped to [0, 1]
     "Closer to the mean, Eq. (6)."
     mean = x.mean((2, 3), keepdim=True)
     return mean + factor * (x - mean)
 
 
-def elastic_transform(x: Tensor, pixels: float, draws: Draws) -> Tensor:
+def elastic_transform(
+    x: Tensor,  # images in [0, 1], shape (n, C, S, S)
+    pixels: float,  # root mean square of the shifts, in pixels of an image of side 32; of the severity, see KINDS
+    draws: Draws,  # the images' random numbers
+) -> Tensor:  # shape (n, C, S, S), not yet clipped to [0, 1]
     "Smooth shifts of the given root mean square."
     field = F.interpolate(draws.normal(2, 7, 7), size=x.shape[-1], mode="bicubic", align_corners=False)
     field = field * pixels * _pixels(x) / field.pow(2).sum(1).mean((1, 2)).sqrt()[:, None, None, None]
     return displace(x, *field.unbind(1))
 
 
-def pixelate(x: Tensor, scale: float, draws: Draws) -> Tensor:
+def pixelate(
+    x: Tensor,  # images in [0, 1], shape (n, C, S, S)
+    scale: float,  # pixels along a side, as a share of the old ones; of the severity, see KINDS
+    draws: Draws,  # the images' random numbers, of no use here
+) -> Tensor:  # shape (n, C, S, S), not yet clipped to [0, 1]
     "Fewer, larger pixels: `scale` times as many along a side, each the mean of what it covers, seen through the old ones."
     side, blocks = x.shape[-1], max(1, round(scale * x.shape[-1]))
     edges = torch.arange(blocks + 1, device=x.device, dtype=x.dtype) * side / blocks
@@ -218,7 +280,11 @@ def pixelate(x: Tensor, scale: float, draws: Draws) -> Tensor:
     return warp(x, *[average.expand(len(x), -1, -1)] * 2)
 
 
-def jpeg_compression(x: Tensor, quality: int, draws: Draws) -> Tensor:
+def jpeg_compression(
+    x: Tensor,  # images in [0, 1], shape (n, C, S, S)
+    quality: int,  # of the encoder, 1 to 100; of the severity, see KINDS
+    draws: Draws,  # the images' random numbers, of no use here
+) -> Tensor:  # shape (n, C, S, S), not yet clipped to [0, 1]
     "Encoded and decoded; eight bits a channel."
     coded = encode_jpeg(list((x * 255).round().byte().cpu()), quality)
     return torch.stack([decode_jpeg(code) for code in coded]).to(x) / 255

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODES', 'SGD', 'LINEAR', 'FULL', 'SHORT', 'LONGER', 'CHEN', 'TUNINGS', 'ATTACK', 'Mode', 'find_mode', 'Tuning',
            'find_tuning', 'Standardise', 'FineTune', 'TuningRecord', 'TuningRun', 'Tuned', 'fingerprint', 'new_head',
-           'is_channels_last', 'finetune', 'epochs_to']
+           'is_channels_last', 'tune', 'finetune', 'epochs_to']
 
 # %% ../../nbs/5_evaluation/35_finetune.ipynb #38d17e0e
 import copy
@@ -13,6 +13,7 @@ import hashlib
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,45 @@ def is_channels_last(
     "Whether convolutions are laid out channels last, which the images then follow."
     return any(p.ndim == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last) for p in module.parameters())
 
+# %% ../../nbs/5_evaluation/35_finetune.ipynb #6f3be360
+def tune(
+    make: Callable[[nn.Module, nn.Module], FineTune],  # from a copy of the encoder and a new head to the game
+    encoder: nn.Module,  # images (n, C, S, S) in [0, 1] to features (n, d); left as it is
+    images: ImageSet,  # labelled training images; the held-out part is taken from them
+    tuning: Tuning,  # the recipe
+    threat: Ball | None,  # ball of the verdict on held-out images; None: no robust accuracy
+    name: str,  # of the game, for the record
+    about: dict[str, Any],  # what the record says of it beside recipe and ball, JSON-able
+    *,
+    seed: int = 0,  # of everything that is drawn
+    folder: Path | str | None = None,  # where to keep checkpoints; None: nowhere
+    **options,  # of `Run`
+) -> Tuned:
+    "What every training with labels shares."
+    if folder is None:
+        with tempfile.TemporaryDirectory() as folder: return tune(make, encoder, images, tuning, threat, name, about, seed=seed, folder=folder, **options)
+    from lightning_fabric import Fabric
+
+    if images.labels.min() < 0: raise ValueError(f"{images.name} has no labels: fine-tune on the labelled part of the data")
+    device, used = device_of(encoder), few_labels(images, tuning.labels, seed) if tuning.labels < 1 else images
+    parts = split(used, tuning.heldout, seed)
+    ball = {"norm": type(threat).__name__.lower(), "eps": threat.eps} if threat else {}
+    recipe = asdict(tuning) | {"milestones": list(tuning.milestones)} | ball | about
+    shared = {k: recipe[k] for k in ("epochs", "lr", "optimizer", "weight_decay", "decay_all", "warmup_epochs")}
+    layout = {"batch_size": min(tuning.batch_size, len(parts[0])), "channels_last": is_channels_last(encoder)}
+    config = TuningRecord(method=name, seed=seed, data=images.sha256, encoder=fingerprint(encoder), settings=recipe, **shared, **layout)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        copied = copy.deepcopy(encoder)
+        method = make(copied, new_head(copied, parts[0], tuning.standardise, seed))
+        fabric = Fabric(accelerator=device.type, devices=[device.index or 0] if device.type == "cuda" else 1)
+        run = TuningRun(config, folder, method, parts, threat, **{"fabric": fabric} | options)
+        run.train()
+    history, names = run.history(), ("epoch", "standard", "robust", "objective", "seconds")
+    best = run.chosen(history)
+    found = {"images": len(parts[0]), "heldout_images": len(parts[1]), "epoch": best["epoch"], "heldout_standard": best["standard"], "heldout_robust": best["robust"]}
+    return Tuned(run.method.evaluated(), [{k: h[k] for k in names} for h in history], best["epoch"], recipe | found)
+
 # %% ../../nbs/5_evaluation/35_finetune.ipynb #91a14854
 def finetune(
     encoder: nn.Module,  # images (n, C, S, S) in [0, 1] to features (n, d); in any mode, left as it is
@@ -298,35 +338,14 @@ def finetune(
     **options,  # of `Run`, such as checkpoint_seconds
 ) -> Tuned:
     "Fine-tune a copy of an encoder with labels, Eqs. (1) and (2). F1 to F4 of Chen et al. 2020; SLF, ALF and AFF of the contrastive literature."
-    if folder is None:
-        with tempfile.TemporaryDirectory() as folder: return finetune(encoder, images, mode, threat=threat, tuning=tuning, loss=loss, seed=seed, folder=folder, **options)
-    from lightning_fabric import Fabric
-
-    mode, device = find_mode(mode), device_of(encoder)
+    mode = find_mode(mode)
     tuning = find_tuning(tuning, mode.name) if isinstance(tuning, str) else tuning
     tuning = replace(tuning, loss=loss) if loss else tuning
     if mode.adversarial and threat is None: raise ValueError(f"{mode.name} trains against an attack: pass its ball, such as threat=Linf(8 / 255)")
-    if images.labels.min() < 0: raise ValueError(f"{images.name} has no labels: fine-tune on the labelled part of the data")
-    used = few_labels(images, tuning.labels, seed) if tuning.labels < 1 else images
-    parts = split(used, tuning.heldout, seed)
     player = Perturbation(threat, tuning.steps, tuning.step_size or None) if mode.adversarial and tuning.steps else None
-
-    ball = {"norm": type(threat).__name__.lower(), "eps": threat.eps} if threat else {}
-    shared = {k: v for k, v in asdict(tuning).items() if k in ("epochs", "lr", "optimizer", "weight_decay", "decay_all", "warmup_epochs")}
-    about = {"batch_size": min(tuning.batch_size, len(parts[0])), "settings": asdict(tuning) | ball, "channels_last": is_channels_last(encoder)}
-    config = TuningRecord(method=mode.name, seed=seed, data=images.sha256, encoder=fingerprint(encoder), **shared, **about)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        copied = copy.deepcopy(encoder)
-        method = FineTune(copied, new_head(copied, parts[0], tuning.standardise, seed), mode, player, tuning)
-        fabric = Fabric(accelerator=device.type, devices=[device.index or 0] if device.type == "cuda" else 1)
-        run = TuningRun(config, folder, method, parts, threat, **{"fabric": fabric} | options)
-        run.train()
-    history, names = run.history(), ("epoch", "standard", "robust", "objective", "seconds")
-    best = run.chosen(history)
-    settings = asdict(tuning) | {"milestones": list(tuning.milestones)} | ball | {"mode": mode.number, "images": len(parts[0]), "heldout_images": len(parts[1]), "epoch": best["epoch"]}
-    settings["heldout_standard"], settings["heldout_robust"] = best["standard"], best["robust"]
-    return Tuned(run.method.evaluated(), [{k: h[k] for k in names} for h in history], best["epoch"], settings)
+    make = lambda copied, head: FineTune(copied, head, mode, player, tuning)
+    tuned = tune(make, encoder, images, tuning, threat, mode.name, {}, seed=seed, folder=folder, **options)
+    return replace(tuned, settings=tuned.settings | {"mode": mode.number})
 
 # %% ../../nbs/5_evaluation/35_finetune.ipynb #28d474f4
 def epochs_to(

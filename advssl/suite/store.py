@@ -213,6 +213,15 @@ class Group:
         "Over images for one seed, over seeds for several."
         return spread([Accuracy.from_json(r["evaluation"][key]) for r in self.rows])
 
+    def records(
+        self,
+        key: str,  # of an accuracy
+        seeds: int,  # how many there must be
+    ) -> list[dict] | None:  # in the order of the seeds; None where one is missing, or has no mask
+        "Answers for a paired comparison."
+        found = [r["evaluation"].get(key) for r in sorted(self.rows, key=lambda r: r["seed"])]
+        return found if len(found) == seeds and all(r and "right" in r for r in found) else None
+
 
 def _seedless(config: dict) -> dict:
     "A run's record without its seed, nor those of the runs that it stands on."
