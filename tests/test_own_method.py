@@ -17,7 +17,6 @@ PAGE = Path(__file__).resolve().parents[1] / "nbs" / "6_frontiers" / "90_your_ow
 def environment(tmp_path):
     "The page's imports and class, saved as it says."
     cells = ["".join(cell["source"]) for cell in json.loads(PAGE.read_text())["cells"] if cell["cell_type"] == "code"]
-    cells = [cell for cell in cells if not cell.startswith("#| hide\n!")]  # what only Colab needs
     end = next(i for i, cell in enumerate(cells) if "class WarpCLR" in cell)
     folder = tmp_path / "methods"
     folder.mkdir()
