@@ -416,6 +416,7 @@ def test_names_are_checked_before_anything_runs(data):
     for k, message in (
         ({"protocols": ["knn", "lp"]}, "unknown protocol 'lp': choose one of knn, linear"),
         ({"attacks": ["fgsm"]}, "unknown attack 'fgsm': choose one of pgd"),
+        ({"attacks": ["pgd0"]}, "an attack of 0 steps or queries is none"),
         ({"attacks": [""]}, "unknown attack"),
     ):
         with pytest.raises(ValueError, match=message): evaluate(Never(), data, threat=Linf(0.1), **k)
