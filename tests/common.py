@@ -58,12 +58,17 @@ def untouched(method, *inputs):
 # contrast of two views on 12 pixels
 
 
+def small_encoder(batch_norm=True):
+    "From 12 pixels to 16 features."
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16) if batch_norm else nn.Identity(), nn.Tanh())
+    encoder.out_dim = 16
+    return encoder
+
+
 def make_contrastive(cls=RoCL, seed=0, dtype=torch.float64, batch_norm=True, **options):
     "A method on 12 pixels with BatchNorm statistics unlike those of any batch, in training mode, and two views."
     torch.manual_seed(seed)
-    norm = nn.BatchNorm1d(16) if batch_norm else nn.Identity()
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), norm, nn.Tanh())
-    encoder.out_dim = 16
+    encoder = small_encoder(batch_norm)
     method = cls(encoder, hidden_dim=16, embedding_dim=5, **options).to(dtype)
     with torch.no_grad(): encoder(2 * torch.randn(32, 12, dtype=dtype) + 1)
     method.generator = seeded(seed)
@@ -121,8 +126,7 @@ N = 6
 def make_moco(cls=MoCo, seed=0, filled=3, **options):
     "A method on 12 pixels in double precision, its queue of 20 filled with keys of other images, and a batch."
     torch.manual_seed(seed)
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh())
-    encoder.out_dim = 16
+    encoder = small_encoder()
     method = cls(encoder, **{"queue_size": 20, "hidden_dim": 16, "embedding_dim": 5, "momentum": 0.9} | options).double()
     method.generator = seeded(seed)
     for i in range(filled): method.push(method.keys(torch.rand(N, 3, 2, 2).double()), torch.arange(N) + 100 * (i + 1))
@@ -159,9 +163,7 @@ def rows(z): return [row / row.norm() for row in z]
 def make_byol(cls=BYOL, seed=0, dtype=torch.float64, batch_norm=True, **options):
     "A method on 12 pixels in training mode, its target apart from it and all statistics unlike those of any batch, and two views."
     torch.manual_seed(seed)
-    norm = nn.BatchNorm1d(16) if batch_norm else nn.Identity()
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), norm, nn.Tanh())
-    encoder.out_dim = 16
+    encoder = small_encoder(batch_norm)
     method = cls(encoder, **{"hidden_dim": 16, "embedding_dim": 5} | options)
     if not batch_norm:
         for head in (method.projector, method.predictor, method.target.module[1]): head[1] = nn.Identity()

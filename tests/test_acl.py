@@ -5,7 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import ORDER, SHAPE, seeded, seeds, signs, snapshot, start_zero, turn, untouched, written_acl_step, written_nt_xent
+from common import (
+    ORDER,
+    SHAPE,
+    seeded,
+    seeds,
+    signs,
+    small_encoder,
+    snapshot,
+    start_zero,
+    turn,
+    untouched,
+    written_acl_step,
+    written_nt_xent,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity_models import TanhEncoder
@@ -27,8 +40,7 @@ forms = st.sampled_from(list(FORMS))
 def make(cls=ACL, seed=0, dtype=torch.float64, equal=False, **options):
     "A method on 12 pixels, in training mode, every BatchNorm layer unlike the others unless equal, and two views."
     torch.manual_seed(seed)
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh())
-    encoder.out_dim = 16
+    encoder = small_encoder()
     method = cls(encoder, hidden_dim=16, embedding_dim=5, **options).to(dtype)
     if not equal:
         with torch.no_grad():

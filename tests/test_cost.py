@@ -308,13 +308,15 @@ spec.loader.exec_module(bench)
 
 
 def test_bench_writes_tables_with_their_origin(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "ATTACKS", {k: bench.ATTACKS[k] for k in ("rocl",)})
+    monkeypatch.setattr(bench, "ATTACKS", {k: bench.ATTACKS[k] for k in ("rocl", "advmim")})
     assert bench.main(["--tiny", "--figures", str(tmp_path)]) == 0
     for part in bench.PARTS:
         text, table = (tmp_path / "bench" / f"{part}.md").read_text(), (tmp_path / "bench" / f"{part}.csv").read_text().splitlines()
         assert text.startswith(f"**{part.capitalize()}**") and "plain / ours" in table[0] or part == "evaluation"
-        assert len(table) == 1 + {"attacks": 2, "augmentation": 3, "contrast": 3, "bank": 1, "evaluation": 4}[part]
+        assert len(table) == 1 + {"attacks": 5, "augmentation": 3, "contrast": 3, "bank": 1, "evaluation": 4}[part]
         sidecar = json.loads((tmp_path / "bench" / f"{part}.provenance.json").read_text())
+        if part == "attacks":
+            assert [line.split(",")[1] for line in table[1:]] == ["small_convnet", "vit_demo", "resnet18", "vit_tiny", "vit_base"]
         assert set(sidecar["files"]) == {f"{part}.md", f"{part}.csv"} and {"processor", "commit", "packages"} <= set(sidecar["provenance"])
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import ORDER, seeded, seeds, snapshot, start_zero, through, turn, untouched, written_acl_step, written_nt_xent
+from common import ORDER, seeded, seeds, small_encoder, snapshot, start_zero, through, turn, untouched, written_acl_step, written_nt_xent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -26,8 +26,7 @@ HOW = {"eps": 0.1, "steps": 3, "step_size": 0.04}
 def make(cls=DynACL, seed=0, dtype=torch.float64, progress=0.0, **options):
     "A method on 12 pixels, in training mode, every BatchNorm layer unlike the others, and three views."
     torch.manual_seed(seed)
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh())
-    encoder.out_dim = 16
+    encoder = small_encoder()
     method = cls(encoder, hidden_dim=16, embedding_dim=5, **options).to(dtype)
     fill = seeded(seed)
     with torch.no_grad():

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from common import ORDER, seeded, snapshot, start_zero, untouched
+from common import ORDER, seeded, small_encoder, snapshot, start_zero, untouched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,8 +17,7 @@ from advssl.methods.hybrid import Hybrid
 def make(cls=Hybrid, seed=0, **options):
     "A method on 12 pixels in double precision, in the middle of its run, and a batch."
     torch.manual_seed(seed)
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh())
-    encoder.out_dim = 16
+    encoder = small_encoder()
     method = cls(encoder, bank_size=20, hidden_dim=16, embedding_dim=8, **options).double()
     method.generator, method.progress = seeded(seed), 0.5
     with torch.no_grad(): encoder(2 * torch.randn(32, 12).double() + 1)

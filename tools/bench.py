@@ -6,6 +6,7 @@ over rounds with an interval for it. Both programs of a pair compute the same re
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,8 +27,11 @@ from advssl.contrast import info_nce, nt_xent, unit
 from advssl.data import load
 from advssl.encoders import make_encoder
 from advssl.evaluate.robust import robust_mask
+from advssl.images import ImageSet
+from advssl.method import Method
 from advssl.methods import clae
-from advssl.suite.cost import between, clock, median_interval, peak_bytes, trial
+from advssl.pretrain import Config, build
+from advssl.suite.cost import Trial, between, clock, median_interval, peak_bytes, trial
 from advssl.suite.passes import record
 from advssl.suite.scales import resolve
 from advssl.suite.store import markdown_table, write_target
@@ -43,14 +47,16 @@ class Sizes:
     rounds: int = 9
     batch: int = 64  # images of an attack on the demo's encoder
     large_rounds: int = 5
-    large_batch: int = 8  # images of an attack on an encoder of published recipes
+    large_batch: int = 8  # images of an attack on an encoder of published recipes for small images
+    full_batch: int = 4  # images of an attack on ViT-B
+    pixels: int = 256  # their side
     images: int = 256  # of an augmentation
     queries: int = 256
     negatives: tuple[int, ...] = (4096, 16384, 65536)
     judged: int = 500  # images of an evaluation
 
 
-TINY = Sizes(rounds=2, batch=4, large_rounds=2, large_batch=2, images=4, queries=4, negatives=(16,), judged=8)
+TINY = Sizes(rounds=2, batch=4, large_rounds=2, large_batch=2, full_batch=2, pixels=32, images=4, queries=4, negatives=(16,), judged=8)
 
 
 def in_turn(ours: Callable, plain: Callable, rounds: int) -> dict:
@@ -160,13 +166,33 @@ ATTACKS: dict[str, Callable] = {  # method: from the method and its views to its
 }
 
 
-LARGE = {"small_convnet": "resnet18", "vit_demo": "vit_tiny"}  # encoders of published recipes in the place of the demo's
+LARGE = {"small_convnet": "resnet18", "vit_demo": "vit_tiny"}  # encoders of the recipes for CIFAR in the place of the demo's
 
 
-def attack_beside_plain(name: str, encoder: str, batch: int, rounds: int) -> dict:
-    """One method's attack on one encoder beside the one that a training loop without care would make."""
-    run = trial(name, "demo", batch, 128, encoder=encoder)
-    method, views = run.method, next(run.source)
+class OnNoise(Trial):
+    """A trial on random pixels: an attack takes as long whatever they show."""
+
+    def __init__(self, config: Config, folder: str, pixels: int):
+        self.pixels = pixels  # side of the images
+        super().__init__(config, folder)
+
+    def materials(self) -> tuple[ImageSet, Method]:
+        images = torch.randint(0, 256, (16, 3, self.pixels, self.pixels), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        return ImageSet(images, torch.full((16,), -1), (), "random pixels"), build(self.config, 3, self.pixels)
+
+
+def on_imagenet(name: str, batch: int, pixels: int) -> Trial:
+    """A method as its recipe for ImageNet builds it, ready for its first step; only the search has the steps of the demo."""
+    steps = resolve(name, "demo").settings["steps"]
+    config = resolve(name, "imagenet", 0, {"batch_size": batch, "images": 16, "precision": "32-true", "threads": 1, "steps": steps})
+    with tempfile.TemporaryDirectory() as folder: run = OnNoise(config, folder, pixels)
+    run.begin()
+    return run
+
+
+def attack_beside_plain(name: str, run: Trial, rounds: int) -> dict:
+    """One method's attack beside the one that a training loop without care would make."""
+    method, views, batch = run.method, next(run.source), run.config.batch_size
     attack, plain = ATTACKS[name](method, views), Plain(method)
     steps = method.player.steps if hasattr(method, "player") else 1
 
@@ -183,21 +209,26 @@ def attack_beside_plain(name: str, encoder: str, batch: int, rounds: int) -> dic
         with record(method, torch.zeros(1, *run.data.images.shape[1:])) as found: results.append(work())
         units.append(found.passes.units(batch))
     same = (results[0] - results[1]).abs().le(1e-5).float().mean().item()
-    about = {"method": run.config.method, "encoder": encoder, "images": batch, "steps": steps}
+    about = {"method": run.config.method, "encoder": run.config.encoder, "pixels": run.size, "images": batch, "steps": steps}
     return about | in_turn(ours, theirs, rounds) | {"by passes": f"{units[1] / units[0]:.2f}", "same pixels": f"{same:.2%}"}
 
 
 def attacks(sizes: Sizes) -> tuple[str, list[dict]]:
-    """Each method's attack beside the plain one, on the demo's encoder and on one of published recipes."""
+    """Each method's attack beside the plain one, on the demo's encoder and on those of published recipes."""
     small = {name: resolve(name, "demo").encoder for name in ATTACKS}
-    table = [attack_beside_plain(name, encoder, sizes.batch, sizes.rounds) for name, encoder in small.items()]
-    table += [attack_beside_plain(name, LARGE[encoder], sizes.large_batch, sizes.large_rounds) for name, encoder in small.items()]
+    on = lambda name, encoder, batch: trial(name, "demo", batch, 128, encoder=encoder)
+    table = [attack_beside_plain(name, on(name, encoder, sizes.batch), sizes.rounds) for name, encoder in small.items()]
+    table += [attack_beside_plain(name, on(name, LARGE[encoder], sizes.large_batch), sizes.large_rounds) for name, encoder in small.items()]
+    masked = [name for name, encoder in small.items() if encoder == "vit_demo"]
+    table += [attack_beside_plain(name, on_imagenet(name, sizes.full_batch, sizes.pixels), sizes.large_rounds) for name in masked]
     return (
         "One batch attacked. Plain: every step is a backward pass to the weights too, and what is constant during the search is "
         "forwarded in every step, though never for a gradient. Goal: 1.5 and more. *By passes*: the ratio if a forward pass, a backward "
         "pass to the input and the gradients of the weights took one unit of time each. Where nothing is constant that is 1.5, and what is "
-        "reached depends on the encoder: in small layers the gradients of the weights take less than a forward pass, in wide convolutions "
-        f"on a processor more. On the large encoders medians are over {sizes.large_rounds} rounds. "
+        "reached depends on the encoder: in small layers the gradients of the weights take less than a forward pass; in wide convolutions "
+        "on a processor, and where there are many weights for few images, more. Encoders: the demo's; those of the recipes for CIFAR; for "
+        "transformers also that of the recipe for ImageNet, ViT-B behind a decoder of 8 blocks of width 512, on random pixels. On the "
+        f"latter two medians are over {sizes.large_rounds} rounds. "
         "*Same pixels*: share of pixels on which both end within 1e-5; a sign of a gradient near zero may fall either way.", table)
 
 
