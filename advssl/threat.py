@@ -23,6 +23,16 @@ class Ball:
         if not (isinstance(self.eps, Real) and 0 <= self.eps < math.inf):
             raise ValueError(f"eps must be a finite number >= 0 in pixel units of [0, 1], e.g. 8/255, got {self.eps!r}")
 
+    @property
+    def norm(self) -> str:
+        "What `make_threat` calls its kind, for example 'linf'."
+        return type(self).__name__.lower()
+
+    @property
+    def name(self) -> str:
+        "In a key of results, for example 'linf-0.05'."
+        return f"{self.norm}-{self.eps:.4g}"
+
 # %% ../nbs/1_foundations/10_threat.ipynb #d196970a
 def _rows(t: Tensor) -> Tensor:
     "(n, ...) -> (n, d), in float32 or better."

@@ -25,13 +25,14 @@ from parity_models import TanhEncoder
 from torch import nn
 
 from advssl.attack import frozen
+from advssl.config import Config
 from advssl.contrast import nt_xent
 from advssl.encoders import BranchedBatchNorm, branch
 from advssl.method import Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.acl import ACL, FORMS
 from advssl.methods.simclr import SimCLR
-from advssl.pretrain import Config, Run, restore
+from advssl.pretrain import Run, restore
 
 examples = settings(max_examples=25, deadline=None)
 forms = st.sampled_from(list(FORMS))

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from advssl.config import Config, make_optimizer
 from advssl.encoders import Encoder
 from advssl.masked import mae_loss, patchify, random_masks
 from advssl.method import Player, Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.adpe import AdPE, RelativeBlocks, Shift, interpolation
-from advssl.pretrain import Config, make_optimizer
 
 examples = settings(max_examples=15, deadline=None)
 FORMS = [(position, mode) for position in ("absolute", "relative") for mode in ("coordinate", "embedding")]

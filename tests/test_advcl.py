@@ -14,12 +14,13 @@ from torch import nn
 
 from advssl.attack import frozen
 from advssl.clusters import pseudo_labels
+from advssl.config import Config
 from advssl.contrast import nt_xent
 from advssl.encoders import BranchedBatchNorm, branch
 from advssl.method import Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.advcl import BRANCHES, AdvCL, high_pass
-from advssl.pretrain import Config, build
+from advssl.pretrain import build
 
 SHAPE, CLUSTERS = (6, 1, 4, 4), (2, 3, 4)
 

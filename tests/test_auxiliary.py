@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from advssl.attack import Perturbation, frozen
+from advssl.config import Config
 from advssl.evaluate.auxiliary import Auxiliary, one_shot, same_passes, units
 from advssl.evaluate.finetune import FineTune, Tuning, find_mode, finetune
 from advssl.images import ImageSet
 from advssl.method import Views, count_passes, methods, play
 from advssl.methods.rotation import rotate
-from advssl.pretrain import Config
 from advssl.threat import Linf, make_threat
 
 QUICK = Tuning(epochs=2, lr=0.01, batch_size=16, augmentation="none", steps=1, heldout=0.25, judge_steps=1)

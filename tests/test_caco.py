@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from advssl.augment import RECIPES
+from advssl.config import Config
 from advssl.encoders import cosine_momentum
 from advssl.method import Views, get_method, play
 from advssl.methods.caco import CaCo
-from advssl.pretrain import Config, Run
+from advssl.pretrain import Run
 
 examples = settings(max_examples=25, deadline=None)
 N, K, D = 6, 11, 5

@@ -13,10 +13,11 @@ from torch import nn
 
 from advssl import checkpoint
 from advssl.attack import frozen
+from advssl.config import Config
 from advssl.method import Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.deacl import DeACL
-from advssl.pretrain import Config, Run
+from advssl.pretrain import Run
 
 
 def net(dtype):

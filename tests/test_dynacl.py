@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from advssl.augment import RECIPES, Augment
+from advssl.config import Config
 from advssl.encoders import BranchedBatchNorm
 from advssl.method import Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.acl import ACL
 from advssl.methods.dynacl import DynACL, agreement, air_loss, divergence, invariance, weakened
-from advssl.pretrain import Config, Run, restore
+from advssl.pretrain import Run, restore
 
 examples = settings(max_examples=25, deadline=None)
 shares = st.floats(0, 1)

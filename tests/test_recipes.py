@@ -13,11 +13,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from advssl.cli import app
+from advssl.config import Config
 from advssl.data import load
 from advssl.encoders import VITS
 from advssl.method import check_settings, get_method, methods, settings
 from advssl.methods.rocl import RoCL
-from advssl.pretrain import Config, Run, build
+from advssl.pretrain import Run, build
 from advssl.suite import reproduce
 from advssl.suite.recipes import MAIN, describe, drawn, is_published, overview, recipe_rows, recipe_table
 from advssl.suite.scales import FLAT, SCALES, departures, get_scale, resolve

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from advssl import checkpoint
+from advssl.config import Config, make_optimizer
 from advssl.method import Player, get_method, methods, register
-from advssl.pretrain import Config, Run, make_optimizer, restore
+from advssl.pretrain import Run, restore
 from advssl.suite.scales import resolve
 
 KEYS = [k for k in methods() if k != "untrained"]

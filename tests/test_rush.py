@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from advssl import features
 from advssl.checkpoint import load as load_checkpoint
+from advssl.config import Config
 from advssl.data import Splits
 from advssl.evaluate import protocol, robust, smoothing
 from advssl.evaluate.protocol import EOT_DRAWS, STANDARD, evaluate
@@ -26,7 +27,7 @@ from advssl.method import Views, count_passes, get_method, methods, play
 from advssl.method import settings as settings_of
 from advssl.methods.rush import RUSH
 from advssl.methods.simclr import SimCLR
-from advssl.pretrain import Config, Run
+from advssl.pretrain import Run
 from advssl.threat import L2, Linf
 
 examples = settings(max_examples=40, deadline=None)

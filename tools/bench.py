@@ -23,6 +23,7 @@ from torchvision.transforms import v2
 from advssl.attack import Perturbation, frozen
 from advssl.augment import Augment
 from advssl.bank import LearnableBank
+from advssl.config import Config
 from advssl.contrast import info_nce, nt_xent, unit
 from advssl.data import load
 from advssl.encoders import make_encoder
@@ -30,7 +31,7 @@ from advssl.evaluate.robust import robust_mask
 from advssl.images import ImageSet
 from advssl.method import Method
 from advssl.methods import clae
-from advssl.pretrain import Config, build
+from advssl.pretrain import build
 from advssl.suite.cost import Trial, between, clock, median_interval, peak_bytes, trial
 from advssl.suite.passes import record
 from advssl.suite.scales import resolve
@@ -225,8 +226,8 @@ def attacks(sizes: Sizes) -> tuple[str, list[dict]]:
         "One batch attacked. Plain: every step is a backward pass to the weights too, and what is constant during the search is "
         "forwarded in every step, though never for a gradient. Goal: 1.5 and more. *By passes*: the ratio if a forward pass, a backward "
         "pass to the input and the gradients of the weights took one unit of time each. Where nothing is constant that is 1.5, and what is "
-        "reached depends on the encoder: in small layers the gradients of the weights take less than a forward pass; in wide convolutions "
-        "on a processor, and where there are many weights for few images, more. Encoders: the demo's; those of the recipes for CIFAR; for "
+        "reached depends on the encoder: in small layers the gradients of the weights take less than a forward pass, and attention has "
+        "no weights; in wide convolutions on a processor they take more. Encoders: the demo's; those of the recipes for CIFAR; for "
         "transformers also that of the recipe for ImageNet, ViT-B behind a decoder of 8 blocks of width 512, on random pixels. On the "
         f"latter two medians are over {sizes.large_rounds} rounds. "
         "*Same pixels*: share of pixels on which both end within 1e-5; a sign of a gradient near zero may fall either way.", table)

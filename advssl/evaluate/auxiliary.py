@@ -18,7 +18,7 @@ from .finetune import FineTune, Tuned, Tuning, find_mode, find_tuning, tune
 from ..images import ImageSet
 from ..method import Player, Views
 from ..methods.rotation import Rotation, rotate
-from ..pretrain import Config
+from ..config import Config
 from ..threat import Ball
 
 # %% ../../nbs/5_evaluation/36_auxiliary.ipynb #f20411c8

@@ -197,7 +197,7 @@ class Keeper:
         **how,  # budget, seed
     ) -> tuple[Tensor, dict[str, Any]]:  # bool, shape (n,), and the attack's settings
         "What the attack says, from the folder where it has been asked before."
-        ball = f"{type(threat).__name__.lower()}-{threat.eps:.4g}"
+        ball = threat.name
         run = lambda some, right: attack(classifier, images[some], labels[some], threat, clean=right, index=index[some], batch_size=batch_size, **how)
         if not clean.any(): return run(slice(None), clean)  # nothing to attack: only its settings are wanted
         robust, settings = clean.clone(), {}

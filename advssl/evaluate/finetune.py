@@ -31,7 +31,8 @@ from .statistics import Accuracy
 from ..features import device_of, extract
 from ..images import ImageSet, few_labels, split, stream
 from ..method import Method, Player, Views
-from ..pretrain import Config, Run
+from ..config import Config
+from ..pretrain import Run
 from ..threat import Ball
 from ..trades import adversarial_cross_entropy, trades
 
@@ -307,7 +308,7 @@ def tune(
     if images.labels.min() < 0: raise ValueError(f"{images.name} has no labels: fine-tune on the labelled part of the data")
     device, used = device_of(encoder), few_labels(images, tuning.labels, seed) if tuning.labels < 1 else images
     parts = split(used, tuning.heldout, seed)
-    ball = {"norm": type(threat).__name__.lower(), "eps": threat.eps} if threat else {}
+    ball = {"norm": threat.norm, "eps": threat.eps} if threat else {}
     recipe = asdict(tuning) | {"milestones": list(tuning.milestones)} | ball | about
     shared = {k: recipe[k] for k in ("epochs", "lr", "optimizer", "weight_decay", "decay_all", "warmup_epochs")}
     layout = {"batch_size": min(tuning.batch_size, len(parts[0])), "channels_last": is_channels_last(encoder)}

@@ -291,7 +291,7 @@ def masking_panel(
         checks = flags(classifier, images, labels, threat, clean, **shared)
         checks |= comparisons(classifier, images, labels, threat, clean, sources, effort, **shared)
     failed = [name for name, record in checks.items() if not record["passed"]]
-    about = {"norm": type(threat).__name__.lower(), "eps": threat.eps, "images": len(images), "right": int(clean.sum())}
+    about = {"norm": threat.norm, "eps": threat.eps, "images": len(images), "right": int(clean.sum())}
     about |= {"thorough": thorough, "stochastic": noisy, "draws": effort.draws if noisy else 1, "sources": len(sources)}
     return about | {"passed": not failed, "failed": failed, "checks": checks}
 
@@ -314,8 +314,7 @@ def masking(
     some = torch.randperm(len(images), generator=stream(0))[: limit or None].sort().values
     images, labels, index, clean = (None if t is None else t[some.to(t.device)] for t in (images, labels, index, clean))
     settings |= {"seed": seed, "index": index, "clean": clean, "batch_size": batch_size}
-    key = lambda ball: f"masking.{type(ball).__name__.lower()}-{ball.eps:.4g}"
-    return {key(ball): masking_panel(classifier, images, labels, ball, **settings) for ball in threats if ball.eps > 0}
+    return {f"masking.{ball.name}": masking_panel(classifier, images, labels, ball, **settings) for ball in threats if ball.eps > 0}
 
 
 def mark(

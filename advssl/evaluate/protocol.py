@@ -29,7 +29,7 @@ from .cache import Keeper, Units
 from .finetune import MODES, finetune
 from .knn import knn_predict
 from .linear import linear_probe
-from .measures import MEASURES, Later, attack_record, ball_name, code_of, judged
+from .measures import MEASURES, Later, attack_record, code_of, judged
 from .robust import VOTES, clean_mask, robust_mask
 from ..images import stratified, stream
 from ..threat import Ball, check_ball
@@ -194,7 +194,7 @@ def result_key(
     threat: Ball | None = None,  # the attack's ball
 ) -> str:  # for example "linear.pgd20.linf-0.05"
     "Where `evaluate` puts an accuracy."
-    return f"{protocol}.clean" if attack is None else f"{protocol}.{attack}.{ball_name(threat)}"
+    return f"{protocol}.clean" if attack is None else f"{protocol}.{attack}.{threat.name}"
 
 
 def robust_sample(

@@ -24,7 +24,8 @@ from ..method import Method
 from ..methods.hcl import HCL
 from ..methods.moco import MoCo
 from .moves import chosen, to_text
-from ..pretrain import Config, Run
+from ..config import Config
+from ..pretrain import Run
 
 # %% ../../nbs/7_suite/64_banks.ipynb #d2025750
 RANKS = 64  # points of a curve over the slots, evenly spread in the logarithm of the rank

@@ -297,4 +297,4 @@ def draw_costs(
     ax.set_yticks(range(len(rows)), [get_method(row["method"]).card.name for row in reversed(rows)])
     ax.axvline(1, color="0.4", lw=0.8, ls=":")
     ax.set(xlabel="time of a step / SimCLR's on the same encoder", ylim=(-0.6, len(rows) - 0.4))
-    ax.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5)
+    ax.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)

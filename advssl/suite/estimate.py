@@ -20,7 +20,8 @@ import torch
 
 from ..encoders import VITS
 from ..method import get_method
-from ..pretrain import Config, training_code
+from ..config import Config
+from ..pretrain import training_code
 from .probe import Pace, Tally, pace, steps_of, tally
 from .store import markdown_table, provenance
 from .scales import job_name

@@ -30,7 +30,8 @@ from ..methods.adpe import AdPE
 from ..methods.adv_mim import AdvMIM
 from ..methods.clae import CLAE
 from ..methods.rush import RUSH
-from ..pretrain import Config, restore
+from ..config import Config
+from ..pretrain import restore
 
 # %% ../../nbs/7_suite/62_moves.ipynb #944dd680
 def to_text(

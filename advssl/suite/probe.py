@@ -22,7 +22,8 @@ from .cost import Trial, clock, count, held_bytes, peak_bytes
 from ..data import ImageSet, load
 from ..encoders import Encoder
 from ..method import Method, Views
-from ..pretrain import Config, build
+from ..config import Config
+from ..pretrain import build
 
 # %% ../../nbs/7_suite/54_probe.ipynb #8fc3dd99
 SHAPES = {  # images that are pretrained on, channels, pixels of the side

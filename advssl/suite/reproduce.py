@@ -29,7 +29,8 @@ from ..checkpoint import code_digest, sha256, write_atomic
 from ..evaluate.finetune import FineTune
 from ..method import get_method, methods
 from .notebooks import HOME, NOTEBOOKS, do_job, write_note
-from ..pretrain import Config, training_code
+from ..config import Config
+from ..pretrain import training_code
 from .profiles import machine
 from .server import server
 from .store import STORE, result_code, write_store

@@ -22,7 +22,8 @@ from ..evaluate.finetune import find_tuning
 from ..evaluate.foreign import is_foreign
 from ..evaluate.protocol import STANDARD, evaluate
 from ..method import check_settings, get_method, settings
-from ..pretrain import Config, restore
+from ..config import Config
+from ..pretrain import restore
 from ..threat import Ball, make_threat
 
 # %% ../../nbs/7_suite/20_scales.ipynb #78bd84d8

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..evaluate.finetune import MODES
 from .ledger import needs
 from ..method import get_method, methods
-from ..pretrain import Config
+from ..config import Config
 from .store import rows
 from .scales import get_scale, resolve, run_folder, run_key
 
