@@ -178,8 +178,9 @@ def test_a_function_of_its_arguments_that_leaves_nothing_behind(case, name):
 @pytest.mark.parametrize("ball", BALLS, ids=str)
 def test_every_attacked_image_is_one(case, monkeypatch, name, ball):
     "What is judged lies in the ball and in the pixel range, and only images that are right when clean are attacked."
-    net, x, y = case
-    y = y.clone()
+    net, x, _ = case
+    x = (x + x.roll(1, 0)) / 2  # between two classes, where few steps suffice on any processor
+    y = copy.deepcopy(net).eval()(x).argmax(1)
     y[:6] = (y[:6] + 1) % 5
     clean, seen, real = clean_mask(net, x, y), [], module.clean_mask
     monkeypatch.setattr(module, "clean_mask", lambda model, t, *a, **k: seen.append(t) or real(model, t, *a, **k))
@@ -188,7 +189,7 @@ def test_every_attacked_image_is_one(case, monkeypatch, name, ball):
     moved = torch.cat(seen)
     size = (moved - x[clean]).flatten(1).norm(module.ORDERS[type(ball).__name__], 1)
     assert len(moved) == clean.sum() and size.max() <= ball.eps * (1 + 1e-4) and moved.min() >= 0 and moved.max() <= 1
-    assert size.max() > 0.5 * ball.eps
+    assert (size > (0 if "fab" in name else 0.5 * ball.eps)).sum() > 2  # FAB looks for the smallest move, the others use the whole ball
 
 
 class Stepped(nn.Module):

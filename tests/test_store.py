@@ -1,7 +1,15 @@
-"""Provenance: a commit is that of the package's own source, never that of a repository around an installed copy."""
+"""Provenance: a commit is that of the package's own source, never that of a repository around an installed copy.
 
+Drawings: the same bytes on every machine.
+"""
+
+import io
+import re
 import subprocess
 from types import SimpleNamespace
+
+import matplotlib
+from matplotlib.figure import Figure
 
 from advssl.suite import store
 
@@ -88,3 +96,24 @@ def test_records_are_for_comparisons_of_all_seeds():
         assert group.records(key, seeds) is None
     del group.rows[1]["evaluation"]["linear.clean"]
     assert group.records("linear.clean", 3) is None
+
+
+def test_ids_in_a_drawing_say_nothing_of_places():
+    """Whatever matplotlib hashes, the file is the same, and every reference still finds what it names."""
+
+    def drawn(salt: str) -> bytes:
+        figure, buffer = Figure(), io.BytesIO()
+        left, right = figure.subplots(1, 2)
+        left.plot([0, 1], [0, 1], "o-", clip_on=True)
+        left.scatter([0, 1], [1, 0], s=[10, 20])
+        right.imshow([[0, 1], [1, 0]])
+        right.add_patch(matplotlib.patches.Rectangle((0, 0), 1, 1, hatch="//"))
+        with matplotlib.rc_context({"svg.hashsalt": salt}): figure.savefig(buffer, format="svg", metadata={"Date": None})
+        return buffer.getvalue()
+
+    one, two = drawn("one"), drawn("two")
+    assert one != two and store.steady_ids(one) == store.steady_ids(two)
+    text = store.steady_ids(one).decode()
+    ids, references = re.findall(r' id="([^"]+)"', text), re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text)
+    assert len(ids) == len(set(ids)) and {a or b for a, b in references} <= set(ids)
+    assert any(i.startswith("image") for i in ids) and {"p", "m", "h"} <= {i[0] for i in ids if i[1:].isdigit()}

@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'ROWS', 'CELLS', 'KEPT', 'STORE', 'SUPPORTED', 'CONTRADICTED', 'UNDECIDED', 'NO_DATA', 'provenance',
            'result_code', 'write_result', 'rows', 'is_store', 'read_store', 'write_store', 'kept', 'spread', 'Group',
            'summarise', 'in_percent', 'describe', 'trained_on', 'unequal_training', 'verdict', 'together',
-           'markdown_table', 'csv_table', 'write_target']
+           'markdown_table', 'csv_table', 'steady_ids', 'write_target']
 
 # %% ../../nbs/7_suite/10_store.ipynb #4b43d71f
 import csv
@@ -323,6 +323,15 @@ def csv_table(
     return out.getvalue()
 
 # %% ../../nbs/7_suite/10_store.ipynb #2c32376c
+def steady_ids(
+    svg: bytes,  # as matplotlib writes it
+) -> bytes:
+    "Name clips, markers and images by their order: matplotlib's hashes hold the last bits of places, in which processors differ."
+    names: dict[bytes, bytes] = {}
+    number = lambda m: names.setdefault(m[0], m[1] + str(len(names)).encode())
+    return re.sub(rb'(?<=[#"])(p|m|h|image|C[0-9a-f]+_[0-9a-f]+_)[0-9a-f]{10}(?=[")])', number, svg)
+
+
 def write_target(
     figures: Path | str,  # the folder of all figures
     scale: str,  # name of the scale
@@ -342,11 +351,11 @@ def write_target(
     if figure is not None:
         import matplotlib
 
-        with matplotlib.rc_context({"svg.hashsalt": target, "svg.fonttype": "path"}):
+        with matplotlib.rc_context({"svg.fonttype": "path"}):
             for kind, options in (("png", {"dpi": 300, "metadata": {"Software": None}}), ("svg", {"metadata": {"Date": None}})):
                 buffer = io.BytesIO()
                 figure.savefig(buffer, format=kind, bbox_inches="tight", **options)
-                content[f".{kind}"] = buffer.getvalue()
+                content[f".{kind}"] = steady_ids(buffer.getvalue()) if kind == "svg" else buffer.getvalue()
     paths = []
     for ending, what in content.items():
         write_atomic(f"{stem}{ending}", what)
