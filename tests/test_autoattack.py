@@ -99,10 +99,20 @@ def test_both_apgd_equal_the_library(case, monkeypatch, ball):
 
 def test_in_l1_five_targets(case):
     "As many as in the library's standard, where there are more classes than that."
-    net, x, y = case
+    net, x = copy.deepcopy(case[0]).eval(), case[1][:2]
+    torch.manual_seed(0)
     many = nn.Sequential(net, nn.Linear(5, 12))
-    assert [apgd_t(many, x[:2], y[:2], ball, budget=1)[1]["targets"] for ball in BALLS] == [9, 9, 5]
-    assert [fab_t(many, x[:2], y[:2], ball, budget=1)[1]["targets"] for ball in BALLS] == [9, 9, 9]
+    y = many(x).argmax(1)
+    assert [apgd_t(many, x, y, ball, budget=3)[1]["targets"] for ball in BALLS] == [9, 9, 5]
+    assert [fab_t(many, x, y, ball, budget=3)[1]["targets"] for ball in BALLS] == [9, 9, 9]
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-t"])
+def test_in_l1_apgd_needs_a_step_for_each_of_three_balls(case, name):
+    net, x, y = case
+    assert SINGLE[name][0](net, x[:2], y[:2], BALLS[2], budget=3)[0].dtype == torch.bool
+    with pytest.raises(ValueError, match="at least 3"): SINGLE[name][0](net, x[:2], y[:2], BALLS[2], budget=2)
+    assert len(SINGLE[name][0](net, x[:2], y[:2], BALLS[0], budget=1)[0]) == 2
 
 
 @pytest.mark.parametrize("ball", BALLS, ids=str)

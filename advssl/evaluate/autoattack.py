@@ -93,6 +93,12 @@ def about(
     return {budget: number, **more, "batch": batch_size, "library": f"pyautoattack {version('pyautoattack')}"}
 
 
+def _from_larger_balls(threat: Ball, budget: int) -> bool:
+    "In L1 APGD divides its steps among balls of three, two and one times the radius."
+    if threat.norm == "l1" and budget < 3: raise ValueError(f"in L1 apgd divides its steps among three balls: budget must be at least 3, got {budget}")
+    return threat.norm == "l1"
+
+
 def apgd_ce(
     classifier: nn.Module,  # images in [0, 1] to logits
     images: Tensor,  # uint8, or float in [0, 1]; shape (n, C, S, S)
@@ -106,7 +112,8 @@ def apgd_ce(
     "APGD on the cross-entropy, Eqs. (2) to (6). Croce and Hein 2020; in L1 with five restarts and from larger balls, Croce and Hein 2021."
     from pyautoattack.autopgd_base import APGDAttack
 
-    restarts, larger = (5, True) if type(threat).__name__ == "L1" else (1, False)
+    larger = _from_larger_balls(threat, budget)
+    restarts = 5 if larger else 1
     make = lambda logits, found: APGDAttack(logits, n_iter=budget, n_restarts=restarts, use_largereps=larger, loss="ce", **found)
     right = run_library(make, classifier, images, labels, threat, batch_size=batch_size, **settings)
     return right, about("steps", budget, batch_size, restarts=restarts, loss="cross-entropy")
@@ -125,7 +132,7 @@ def apgd_t(
     "APGD on the targeted difference of logits ratio, Eq. (10), for the nine likeliest wrong classes; five in L1. Croce and Hein 2020."
     from pyautoattack.autopgd_base import APGDAttack_targeted
 
-    flat = type(threat).__name__ == "L1"
+    flat = _from_larger_balls(threat, budget)
     classes = number_of_classes(classifier, images)
     if classes < 4: raise ValueError(f"apgd-t divides by a difference of four logits, this classifier has {classes}: use apgd-ce, fab-t and square")
     targets, standing = min(5 if flat else 9, classes - 1), []
