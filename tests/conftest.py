@@ -1,6 +1,5 @@
 """What holds for every test."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -9,4 +8,3 @@ import torch
 def seed():
     """No test sees how many random numbers others drew before it."""
     torch.manual_seed(0)
-    np.random.seed(0)
