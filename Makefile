@@ -11,9 +11,10 @@ help:  ## this list
 
 venv: .venv/ready  ## .venv with everything in it
 
+# Without --no-compile pip translates six gigabytes of libraries, a minute's work; Python translates what is imported.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[suite,dev,oracles]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[suite,dev,oracles]'
 	touch $@
 
 reproduce: venv  ## train, evaluate and draw the demo suite into figures/demo/
