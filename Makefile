@@ -11,7 +11,7 @@ help:  ## this list
 
 venv: .venv/ready  ## .venv with everything in it
 
-# Without --no-compile pip translates six gigabytes of libraries, a minute's work; Python translates what is imported.
+# Without --no-compile pip translates every module of every library, a minute's work; Python itself translates those that are imported.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[suite,dev,oracles]'

@@ -102,7 +102,7 @@ def certified(
     **draws,  # select, draws, alpha: of `advssl.evaluate.smoothing.certified`
 ) -> dict[str, dict[str, Any]]:  # "certified.l2-0.25" to an accuracy record
     "Certified accuracy of the smoothed classifier, Eq. (1). Cohen et al. 2019."
-    radii = sorted({0.0, *([b.eps for b in threats if type(b).__name__ == "L2"] or RADII)})
+    radii = sorted({0.0, *([b.eps for b in threats if b.norm == "l2"] or RADII)})
     with noise_off(classifier) as sigma:
         found = Later("smoothing", "certified")(classifier, images, labels, sigma or SIGMA, seed=seed, index=index, batch_size=batch_size, **draws)
     about = {"norm": "l2", "sigma": found.sigma, "draws": list(found.draws), "alpha": found.alpha, "abstained": int((found.answers < 0).sum())}
