@@ -17,7 +17,7 @@ from advssl import features
 from advssl.checkpoint import load as load_checkpoint
 from advssl.config import Config
 from advssl.data import Splits
-from advssl.evaluate import protocol, robust, smoothing
+from advssl.evaluate import measures, protocol, robust, smoothing
 from advssl.evaluate.protocol import EOT_DRAWS, STANDARD, evaluate
 from advssl.evaluate.robust import VOTES, clean_mask, decide, random_starts, robust_accuracy, robust_mask
 from advssl.evaluate.smoothing import ABSTAIN, certified, certify, lower_bound, noisy_counts, predict, radius
@@ -28,7 +28,7 @@ from advssl.method import settings as settings_of
 from advssl.methods.rush import RUSH
 from advssl.methods.simclr import SimCLR
 from advssl.pretrain import Run
-from advssl.threat import L2, Linf
+from advssl.threat import L1, L2, Linf
 
 examples = settings(max_examples=40, deadline=None)
 phi = NormalDist()
@@ -479,6 +479,14 @@ def test_errors_and_traces_of_the_certificates():
         with pytest.raises(ValueError, match=message): certified(*args)
     for k, n, alpha in ((-1, 5, 0.1), (6, 5, 0.1), (0, 0, 0.1), (1, 5, 0.0), (1, 5, 1.0)):
         with pytest.raises(ValueError): lower_bound(k, n, alpha)
+
+
+def test_the_radii_of_a_certificate_are_those_of_balls_in_l2():
+    model, x = plane(6)
+    y = (model.distance(x) > 0).long()
+    keys = lambda *balls: set(measures.certified(model, x, y, balls, select=5, draws=20))
+    assert keys(Linf(0.3), L2(0.7), L1(9.0)) == {"certified.l2-0", "certified.l2-0.7"}
+    assert keys(Linf(0.3)) == {"certified.l2-0"} | {f"certified.l2-{r}" for r in measures.RADII}
 
 
 def test_the_noise_layer_is_one_class():
